@@ -1,0 +1,32 @@
+"""The notebook workbench of dendrite: explore, steer and measure a live tree of branches."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dendrite_lab import plots
+    from dendrite_lab.explorer import Explorer
+    from dendrite_lab.panel import SearchPanel
+    from dendrite_lab.text_tree import text_tree
+
+__version__ = "0.1.0"
+
+__all__ = ["Explorer", "SearchPanel", "plots", "text_tree"]
+
+_HOMES = {
+    "Explorer": "dendrite_lab.explorer",
+    "SearchPanel": "dendrite_lab.panel",
+    "text_tree": "dendrite_lab.text_tree",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: importing the package must not load ipywidgets or plotly.
+    if name == "plots":
+        return importlib.import_module("dendrite_lab.plots")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

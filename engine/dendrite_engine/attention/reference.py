@@ -1,0 +1,68 @@
+"""Plain torch attention, one row at a time over its own flattened pages: the oracle of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dendrite_engine.attention.base import AttentionBackend, ForwardBatch, Plan
+
+
+class ReferenceAttention(AttentionBackend):
+    """Gathers each work item's K and V and calls scaled_dot_product_attention in fp32.
+
+    Shares nothing between branches and knows nothing of the tree: slow, and right by inspection.
+    """
+
+    name = "reference"
+
+    def __init__(self, ops: Any) -> None:
+        del ops
+        self.reason = "asked for: plain torch"
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        batch: ForwardBatch,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        window: int,
+    ) -> None:
+        """See AttentionBackend.attend; O(rows * context) gathers."""
+        plan = batch.plan
+        groups = q.shape[1] // k_pages.shape[1]
+        for begin, end in zip(plan.item_indptr[:-1], plan.item_indptr[1:], strict=True):
+            keys, values = _gather(plan, int(begin), k_pages, v_pages)
+            rows = batch.positions[begin:end].long()
+            cols = torch.arange(keys.shape[0])
+            visible = cols[None, :] <= rows[:, None]
+            if window:
+                visible &= cols[None, :] > rows[:, None] - window
+            out[begin:end] = torch.nn.functional.scaled_dot_product_attention(
+                q[begin:end].transpose(0, 1)[None],
+                keys.repeat_interleave(groups, 1).transpose(0, 1)[None],
+                values.repeat_interleave(groups, 1).transpose(0, 1)[None],
+                attn_mask=visible,
+                scale=scale,
+            )[0].transpose(0, 1)
+
+
+def _gather(
+    plan: Plan, row: int, k_pages: torch.Tensor, v_pages: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [context, kv_heads, head_dim] that the item starting at `row` reads."""
+    keys, values = [], []
+    for node in range(plan.num_nodes):
+        if not plan.node_row_begin[node] <= row < plan.node_row_end[node]:
+            continue
+        first, last = plan.node_page_indptr[node], plan.node_page_indptr[node + 1]
+        ids = torch.from_numpy(plan.page_indices[first:last]).long()
+        k = k_pages[ids].permute(0, 3, 1, 2).flatten(0, 1)
+        v = v_pages[ids].permute(0, 2, 1, 3).flatten(0, 1)
+        keys.append(k[: plan.node_len[node]])
+        values.append(v[: plan.node_len[node]])
+    return torch.cat(keys), torch.cat(values)

@@ -1,0 +1,33 @@
+"""Tree attention by the engine's own kernels: KV of a shared segment is read once for all below it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dendrite_engine.attention.base import AttentionBackend, ForwardBatch
+
+
+class TreeAttention(AttentionBackend):
+    """The engine's kernels: native SIMD, or their torch twins where the native module is missing."""
+
+    name = "tree"
+
+    def __init__(self, ops: Any) -> None:
+        self._attend = ops.tree_attention
+        self.reason = f"{ops.name} kernels ({ops.reason})"
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        batch: ForwardBatch,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        window: int,
+    ) -> None:
+        """See AttentionBackend.attend; one kernel launch."""
+        self._attend(q, k_pages, v_pages, batch.plan, out, scale, window)

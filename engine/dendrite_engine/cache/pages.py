@@ -1,0 +1,89 @@
+"""The K/V tensors of a page pool, and the guards that debug mode puts around them."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+
+from dendrite_engine.cache.formats import PageFormat, PageShape
+from dendrite_engine.errors import IntegrityError
+
+
+class KVPages:
+    """K and V of every page of one engine.
+
+    Attributes:
+        shape: sizes of the pool.
+        format: how a page stores K and V.
+        k, v: tensors [num_layers, num_pages, ...]; a page id indexes all layers.
+    """
+
+    def __init__(self, page_format: PageFormat, shape: PageShape) -> None:
+        self.format, self.shape = page_format, shape
+        self.k, self.v = page_format.allocate(shape)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, K and V of all layers."""
+        return self.format.bytes_per_page(self.shape)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole pool."""
+        return self.page_bytes * self.shape.num_pages
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, [num_pages, kv_heads, ...]."""
+        return self.k[index], self.v[index]
+
+    def poison(self, page_ids: list[int]) -> None:
+        """Fill pages with NaN, so that reading a slot nobody wrote cannot go unnoticed."""
+        if page_ids:
+            index = torch.tensor(sorted(set(page_ids)), dtype=torch.int64)
+            self.k.index_fill_(1, index, float("nan"))
+            self.v.index_fill_(1, index, float("nan"))
+
+    def checksum(self, page_id: int) -> int:
+        """CRC-32 over K and V of a page in all layers."""
+        crc = zlib.crc32(np.ascontiguousarray(self.k[:, page_id].numpy()).view(np.uint8).data)
+        return zlib.crc32(np.ascontiguousarray(self.v[:, page_id].numpy()).view(np.uint8).data, crc)
+
+
+class PageGuard:
+    """Canaries of debug mode: NaN in every slot nobody wrote, a checksum on every full page.
+
+    Full pages are never written again while they are held, so a changed checksum means that some
+    write went to the wrong page.
+    """
+
+    def __init__(self, pages: KVPages) -> None:
+        self._pages = pages
+        self._checksums: dict[int, int] = {}
+        pages.poison(list(range(pages.shape.num_pages)))
+
+    def before_step(self, taken: list[int], freed: list[int]) -> None:
+        """Poison pages that changed hands since the last step; forget their checksums."""
+        for page_id in (*taken, *freed):
+            self._checksums.pop(page_id, None)
+        self._pages.poison([*taken, *freed])
+
+    def after_step(self, sealed: list[int]) -> None:
+        """Record the checksum of pages that became full."""
+        for page_id in sealed:
+            self._checksums[page_id] = self._pages.checksum(page_id)
+
+    def verify(self) -> int:
+        """Recompute every checksum; returns how many pages were checked.
+
+        Raises:
+            IntegrityError: a full page changed; the message names it.
+        """
+        for page_id, crc in self._checksums.items():
+            now = self._pages.checksum(page_id)
+            if now != crc:
+                raise IntegrityError(
+                    f"page {page_id} changed after it was full: checksum {now:08x}, was {crc:08x}"
+                )
+        return len(self._checksums)

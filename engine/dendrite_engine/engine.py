@@ -1,0 +1,408 @@
+"""Engine: the facade over model, pages and tree."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dendrite_engine.build import Parts, build_parts
+from dendrite_engine.config import EngineConfig
+from dendrite_engine.errors import (
+    BudgetExceeded,
+    ContextTooLong,
+    EmptyPrompt,
+    InvalidArgument,
+    StaleBranch,
+)
+from dendrite_engine.jobs import EventCallback, Job
+from dendrite_engine.sampling_params import SamplingParams
+from dendrite_engine.trace import Trace
+from dendrite_engine.tree.branch import Branch
+from dendrite_engine.types import Completion, EngineStats, TokenAlternative, TokenEvent
+
+if TYPE_CHECKING:
+    from dendrite_engine.models.config import ModelConfig
+    from dendrite_engine.models.tokenizer import Tokenizer
+    from dendrite_engine.search.budget import Budget
+    from dendrite_engine.search.handle import SearchHandle
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class Engine:
+    """A language model whose unit of work is a tree of branches.
+
+    Make one with `Engine.from_pretrained`. All methods may be called from any thread; the model runs on
+    one thread of its own. Engines are independent of each other.
+
+    Attributes:
+        config: the settings.
+        model_config: shape and arithmetic of the model.
+        model_path: local directory the weights came from.
+        tokenizer: text to ids and back.
+        trace: append-only log of everything that happened.
+        core: the page pool and segment tree (native, or its Python twin).
+        max_context: tokens a branch may hold.
+
+    Example:
+        >>> engine = Engine.from_pretrained()                              # doctest: +SKIP
+        >>> a, b = engine.prompt("Once upon a time").fork(2)               # doctest: +SKIP
+        >>> for event in engine.generate([a, b], SamplingParams(max_tokens=8)):  # doctest: +SKIP
+        ...     print(event.branch.id, event.text)
+    """
+
+    def __init__(self, parts: Parts, config: EngineConfig) -> None:
+        self.config = config
+        self.model_config: ModelConfig = parts.model_config
+        self.model_path: Path = parts.model_path
+        self.tokenizer: Tokenizer = parts.tokenizer
+        self.trace: Trace = parts.trace
+        self.core = parts.core
+        self.max_context = parts.max_context
+        self._parts = parts
+        self._loop = parts.loop
+        self._branches: dict[int, Branch] = {}
+        self._next_id = itertools.count(1).__next__
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, parts.loop.stop)
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path = DEFAULT_MODEL, **options: Any) -> Engine:
+        """Load a model and make its page pool.
+
+        Args:
+            model: "smollm2-135m-instruct" (the built-in default, fetched once), a local Hugging Face
+                directory, or a hub id. Weights are read from safetensors only; code in a model
+                repository is never run.
+            **options: fields of `EngineConfig`.
+
+        Raises:
+            ModelError: the model can't be used (missing, refused format, unknown architecture).
+            DownloadError: it is neither cached nor reachable.
+            InvalidArgument: an option is unknown or out of range.
+        """
+        known = EngineConfig.__dataclass_fields__
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise InvalidArgument(
+                f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        config = EngineConfig(**options)
+        return cls(build_parts(model, config), config)
+
+    # -- branches -----------------------------------------------------------------------------
+
+    def prompt(self, prompt: Prompt, *, namespace: str = "", priority: int = 0) -> Branch:
+        """A new root branch holding `prompt`, prefilled; reuses the longest cached prefix.
+
+        Args:
+            prompt: text, token ids, or chat messages (dicts with "role" and "content").
+            namespace: prompts only reuse pages of prompts in the same namespace.
+            priority: of the prefill against other running jobs.
+
+        Raises:
+            EmptyPrompt, ContextTooLong, InvalidArgument: the prompt can't be used.
+            OutOfPages: the pool can't hold it; nothing was changed.
+        """
+        ids = self._encode_prompt(prompt)
+        self._check_branch_budget()
+        handle, cached = self.core.create(ids, namespace)
+        branch = Branch(self, handle)
+        self._register(branch)
+        self.trace.append("prompt", branch.id, {"tokens": ids, "cached": cached})
+        try:
+            self._compute([branch], priority=priority)
+        except BaseException:
+            branch.prune()
+            raise
+        return branch
+
+    @property
+    def branches(self) -> list[Branch]:
+        """Every live branch, oldest first."""
+        return [branch for _, branch in sorted(self._branches.copy().items())]
+
+    def prune_all(self) -> int:
+        """Prune every live branch; returns the pages freed."""
+        return sum(branch.prune() for branch in reversed(self.branches))
+
+    # -- generation ---------------------------------------------------------------------------
+
+    def submit(
+        self,
+        branches: Branch | Sequence[Branch],
+        params: Params = None,
+        *,
+        on_event: EventCallback | None = None,
+        priority: int = 0,
+    ) -> Job:
+        """Start generating on `branches`, all in one batch per step, and return at once.
+
+        Args:
+            branches: live branches of this engine, each at most once and not already generating.
+            params: one SamplingParams for all, or one per branch.
+            on_event: called with every TokenEvent on the engine thread; it must only enqueue.
+            priority: higher runs first when not everything fits one step.
+
+        Raises:
+            StaleBranch: a branch was pruned or belongs to another engine.
+            InvalidArgument: a branch is listed twice or already generating, or params do not match.
+        """
+        targets = [branches] if isinstance(branches, Branch) else list(branches)
+        rows = self._check_params(params, len(targets))
+        for branch in targets:
+            self._check_own(branch)
+            if branch.num_tokens >= self.max_context:
+                raise ContextTooLong(
+                    f"branch {branch.id} holds {branch.num_tokens} tokens, the whole context of "
+                    f"{self.max_context}; roll it back first",
+                    num_tokens=branch.num_tokens,
+                    max_context=self.max_context,
+                )
+        return self._start(Job(targets, rows, on_event=on_event, priority=priority))
+
+    def generate(
+        self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0
+    ) -> Iterator[TokenEvent]:
+        """Generate on `branches` and yield each TokenEvent as it comes; see `submit`.
+
+        Leaving the loop early cancels the job; the branches keep what they have.
+        """
+        events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
+        job = self.submit(branches, params, on_event=events.put, priority=priority)
+        job.add_done_callback(lambda _: events.put(None))
+        return _drain(job, events)
+
+    async def agenerate(
+        self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0
+    ) -> AsyncIterator[TokenEvent]:
+        """`generate` for asyncio."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+
+        def put(event: TokenEvent | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = self.submit(branches, params, on_event=put, priority=priority)
+        job.add_done_callback(lambda _: put(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            job.result()
+        finally:
+            job.cancel()
+
+    def complete(
+        self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0
+    ) -> list[Completion]:
+        """Generate on `branches`, wait, and return what each produced; see `submit`."""
+        return _wait(self.submit(branches, params, priority=priority))
+
+    def top_tokens(self, branches: Sequence[Branch], k: int) -> list[list[TokenAlternative]]:
+        """The `k` most likely next tokens of each branch, most likely first; one forward at most.
+
+        Raises:
+            InvalidArgument: k is not in 1..vocab_size.
+            StaleBranch: a branch was pruned or belongs to another engine.
+        """
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= self.model_config.vocab_size:
+            raise InvalidArgument(f"k must be in 1..{self.model_config.vocab_size}, got {k!r}")
+        for branch in branches:
+            self._check_own(branch)
+        return self._compute(branches, top_k=k).alternatives
+
+    def extend(self, branches: Sequence[Branch], tokens: Sequence[Sequence[int]]) -> None:
+        """`Branch.extend` for several branches; stops at the first that fails."""
+        if len(branches) != len(tokens):
+            raise InvalidArgument(f"{len(branches)} branches but {len(tokens)} token lists")
+        for branch, ids in zip(branches, tokens, strict=True):
+            self._check_own(branch)
+            branch.extend(ids)
+
+    def search(
+        self,
+        root: Branch,
+        algorithm: Any,
+        budget: Budget | None = None,
+        *,
+        evaluator: Callable[[Sequence[Branch]], Sequence[float]] | None = None,
+        params: SamplingParams | None = None,
+        **options: Any,
+    ) -> SearchHandle:
+        """Start a search from `root` and return its handle at once; see `dendrite_engine.search`."""
+        from dendrite_engine.search import start_search
+
+        self._check_own(root)
+        return start_search(
+            self, root, algorithm, budget, evaluator=evaluator, params=params, **options
+        )
+
+    # -- state --------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """A reading of all counters; cheap."""
+        return self._parts.read_stats()
+
+    def check_integrity(self) -> None:
+        """Recount every reference and, in debug mode, every page checksum.
+
+        Raises:
+            IntegrityError: the first thing that does not add up.
+        """
+        self.core.check_integrity()
+        if self._parts.guard is not None:
+            self._loop.call(self._parts.verify_guard)
+
+    def report(self) -> dict[str, str]:
+        """Which implementation runs each part, and why."""
+        return dict(self._parts.report)
+
+    def close(self) -> None:
+        """End the engine thread; running jobs fail with EngineClosed. Safe to call twice."""
+        self._loop.stop()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        stats = self.core.stats()
+        return (
+            f"Engine({self.model_path.name}, {stats['branches']} branches, "
+            f"{stats['pages_live']} of {stats['pages_total']} pages live)"
+        )
+
+    # -- inside (BranchHost) ------------------------------------------------------------------
+
+    def _new_branch_id(self) -> int:
+        return self._next_id()
+
+    def _register(self, branch: Branch) -> None:
+        branches = self._branches
+        if len(branches) >= self.config.max_branches:
+            self.core.prune(branch._handle)
+            self._check_branch_budget()
+        branches[branch.id] = branch
+
+    def _unregister(self, branch: Branch) -> bool:
+        """True for the one caller that ends the branch's life."""
+        return self._branches.pop(branch.id, None) is not None
+
+    def _check_branch_budget(self) -> None:
+        if len(self._branches) >= self.config.max_branches:
+            raise BudgetExceeded(
+                f"max_branches: {self.config.max_branches} branches are live already; prune some"
+            )
+
+    def _check_tokens(self, token_ids: Sequence[int], held: int) -> list[int]:
+        """Ids as a list, all inside the vocabulary, and not more than the context can hold."""
+        vocab = self.model_config.vocab_size
+        ids = [int(token) for token in token_ids]
+        if not ids:
+            raise EmptyPrompt("no tokens given: at least one is needed")
+        bad = next((token for token in ids if not 0 <= token < vocab), None)
+        if bad is not None:
+            raise InvalidArgument(f"token id {bad} is outside the vocabulary of {vocab}")
+        total = held + len(ids)
+        if total > self.max_context:
+            raise ContextTooLong(
+                f"{len(ids)} tokens on top of {held} make {total}, more than the context of "
+                f"{self.max_context}",
+                num_tokens=total,
+                max_context=self.max_context,
+            )
+        return ids
+
+    def _check_own(self, branch: Branch) -> None:
+        if not isinstance(branch, Branch):
+            raise InvalidArgument(f"expected a Branch, got {type(branch).__name__}")
+        if branch.engine is not self:
+            raise StaleBranch(f"branch {branch.id} belongs to another engine")
+        branch._check_alive()
+
+    def _check_params(self, params: Params, count: int) -> list[SamplingParams]:
+        if params is None:
+            params = SamplingParams()
+        rows = [params] * count if isinstance(params, SamplingParams) else list(params)
+        if len(rows) != count:
+            raise InvalidArgument(f"{count} branches but {len(rows)} SamplingParams")
+        vocab = self.model_config.vocab_size
+        for row in rows:
+            if not isinstance(row, SamplingParams):
+                raise InvalidArgument(f"params must be SamplingParams, got {type(row).__name__}")
+            bad = next((i for i in (*(row.logit_bias or ()), *row.stop_token_ids) if i >= vocab), None)
+            if bad is not None:
+                raise InvalidArgument(
+                    f"token id {bad} in logit_bias or stop_token_ids is outside the vocabulary of "
+                    f"{vocab}"
+                )
+        return rows
+
+    def _encode_prompt(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids: Sequence[int] = self.tokenizer.encode(prompt, add_special_tokens=True)
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            text = self.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
+            ids = self.tokenizer.encode(text)
+        else:
+            ids = prompt  # type: ignore[assignment]
+        if not len(ids):
+            raise EmptyPrompt("the prompt has no tokens; give it at least one")
+        return self._check_tokens(ids, 0)
+
+    def _compute(self, branches: Sequence[Branch], *, priority: int = 0, top_k: int = 0) -> Job:
+        """Make next-token logits available for `branches` and wait."""
+        job = self._start(Job(branches, None, priority=priority, top_k=top_k))
+        for completion in _wait(job):
+            if completion.error is not None:
+                raise completion.error
+        return job
+
+    def _start(self, job: Job) -> Job:
+        with self._lock:
+            seen: set[int] = set()
+            for branch in job.branches:
+                if branch.id in seen:
+                    raise InvalidArgument(f"branch {branch.id} is listed twice")
+                seen.add(branch.id)
+                if branch._busy:
+                    raise InvalidArgument(
+                        f"branch {branch.id} is already generating; wait for its job, cancel it, or fork"
+                    )
+            for branch in job.branches:
+                branch._busy = True
+        try:
+            self._loop.submit(job)
+        except BaseException:
+            for branch in job.branches:
+                branch._busy = False
+            raise
+        return job
+
+
+def _wait(job: Job) -> list[Completion]:
+    try:
+        return job.result()
+    except BaseException:
+        job.cancel()
+        raise
+
+
+def _drain(job: Job, events: queue.SimpleQueue[TokenEvent | None]) -> Iterator[TokenEvent]:
+    try:
+        while (event := events.get()) is not None:
+            yield event
+        job.result()
+    finally:
+        job.cancel()

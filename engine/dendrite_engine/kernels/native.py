@@ -1,0 +1,257 @@
+"""The operations as native SIMD kernels (`dendrite_engine._cpu`).
+
+The native side takes addresses, so dtypes, layouts and shapes are checked here, on every call: it
+costs about half a microsecond. What is derived from a plan is kept until another plan comes.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dendrite_engine import _cpu
+from dendrite_engine.errors import InvalidArgument
+from dendrite_engine.kernels.base import IntArray, PlanArrays
+from dendrite_engine.kernels.sampling_batch import SamplingBatch
+
+_F32 = torch.float32
+
+
+def _usable(tensor: torch.Tensor) -> bool:
+    return tensor.dtype is _F32 and tensor.is_contiguous() and tensor.is_cpu
+
+
+def _refuse(operation: str, **tensors: tuple[torch.Tensor, tuple[int, ...]]) -> NoReturn:
+    """Raise for the first tensor that isn't plain fp32 of its shape."""
+    for name, (tensor, shape) in tensors.items():
+        if not _usable(tensor) or tuple(tensor.shape) != shape:
+            layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+            raise InvalidArgument(
+                f"{operation}: {name} must be contiguous fp32 of shape {list(shape)} in host "
+                f"memory, got {tensor.dtype} {list(tensor.shape)} ({layout}) on {tensor.device}"
+            )
+    raise InvalidArgument(f"{operation}: the tensors' shapes disagree")
+
+
+def _ints(array: IntArray) -> NDArray[np.int32]:
+    return array.numpy() if isinstance(array, torch.Tensor) else array
+
+
+class NativeKernels:
+    """The native implementation with its own threads, scratch memory and instruction set.
+
+    Args:
+        isa: "auto" or one of `dendrite_engine._cpu.available_isas()`.
+        threads: threads to use; None follows `torch.get_num_threads()`, read once per plan.
+
+    Raises:
+        InvalidArgument: this machine can't run `isa`, or `threads` is below 1.
+    """
+
+    name = "native"
+
+    def __init__(self, isa: str = "auto", threads: int | None = None) -> None:
+        count = torch.get_num_threads() if threads is None else threads
+        try:
+            self._context = _cpu.Context(isa, count)
+        except ValueError as error:
+            raise InvalidArgument(str(error)) from error
+        self._follow_torch = threads is None
+        self._plan: PlanArrays | None = None
+        self._schedules: dict[tuple[int, int, int], _cpu.Schedule] = {}
+
+    @property
+    def isa(self) -> str:
+        """Instruction set in use."""
+        return self._context.isa
+
+    @property
+    def threads(self) -> int:
+        """Threads in use."""
+        return self._context.threads
+
+    @property
+    def reason(self) -> str:
+        """Instruction set, threads and thread runtime, for reports."""
+        return f"{self.isa}, {self.threads} threads, {_cpu.team_description()}"
+
+    def _schedule(self, plan: PlanArrays, page_size: int, window: int, group: int) -> _cpu.Schedule:
+        if plan is not self._plan:
+            self._schedules.clear()
+            self._plan = plan
+            if self._follow_torch:
+                self._context.threads = torch.get_num_threads()
+        key = (page_size, window, group)
+        schedule = self._schedules.get(key)
+        if schedule is None:
+            schedule = self._schedules[key] = _cpu.Schedule(
+                plan.positions, plan.node_pos, plan.node_len, plan.node_row_begin,
+                plan.node_row_end, plan.node_page_indptr, plan.page_indices, *key,
+            )  # fmt: skip
+        return schedule
+
+    def tree_attention(
+        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: PlanArrays,
+        out: torch.Tensor, scale: float, window: int = 0,
+    ) -> None:  # fmt: skip
+        """See `Kernels.tree_attention`. O(tokens that the rows see)."""
+        rows, heads, dim = q.shape
+        pages, kv_heads, _, page_size = k_pages.shape
+        try:
+            schedule = self._schedule(plan, page_size, window, heads // kv_heads)
+            if not (
+                out.shape == q.shape
+                and k_pages.shape[2] == dim
+                and v_pages.shape == (pages, kv_heads, page_size, dim)
+                and schedule.num_rows == rows
+                and _usable(q) and _usable(k_pages) and _usable(v_pages) and _usable(out)
+            ):  # fmt: skip
+                _refuse(
+                    "tree_attention",
+                    q=(q, (schedule.num_rows, heads, dim)),
+                    k_pages=(k_pages, (pages, kv_heads, dim, page_size)),
+                    v_pages=(v_pages, (pages, kv_heads, page_size, dim)),
+                    out=(out, (rows, heads, dim)),
+                )
+            self._context.tree_attention(
+                schedule, q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(),
+                heads, kv_heads, dim, pages, scale,
+            )  # fmt: skip
+        except InvalidArgument:
+            raise
+        except ValueError as error:
+            raise InvalidArgument(f"tree_attention: {error}") from error
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """See `Kernels.add_rms_norm`. O(T * width)."""
+        rows, width = x.shape
+        if not (
+            out.shape == x.shape and weight.shape == (width,)
+            and _usable(x) and _usable(weight) and _usable(out)
+            and (residual is None or (residual.shape == x.shape and _usable(residual)))
+        ):  # fmt: skip
+            _refuse(
+                "add_rms_norm",
+                x=(x, (rows, width)),
+                residual=(x if residual is None else residual, (rows, width)),
+                weight=(weight, (width,)),
+                out=(out, (rows, width)),
+            )
+        self._context.add_rms_norm(
+            x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), eps,
+            out.data_ptr(), rows, width,
+        )  # fmt: skip
+
+    def rope_store_kv(
+        self, qkv: torch.Tensor, positions: IntArray, cos: torch.Tensor, sin: torch.Tensor,
+        slots: IntArray, k_pages: torch.Tensor, v_pages: torch.Tensor, q_out: torch.Tensor,
+        q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, eps: float = 1e-6,
+    ) -> None:  # fmt: skip
+        """See `Kernels.rope_store_kv`. O(T * row width)."""
+        rows, heads, dim = q_out.shape
+        pages, kv_heads, _, page_size = k_pages.shape
+        norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+        if not (
+            qkv.shape == (rows, (heads + 2 * kv_heads) * dim)
+            and k_pages.shape[2] == dim
+            and v_pages.shape == (pages, kv_heads, page_size, dim)
+            and cos.shape == sin.shape and cos.shape[1] == dim // 2
+            and _usable(qkv) and _usable(q_out) and _usable(k_pages) and _usable(v_pages)
+            and _usable(cos) and _usable(sin)
+            and all(norm.shape == (dim,) and _usable(norm) for norm in norms)
+        ):  # fmt: skip
+            _refuse(
+                "rope_store_kv",
+                qkv=(qkv, (rows, (heads + 2 * kv_heads) * dim)),
+                q_out=(q_out, (rows, heads, dim)),
+                k_pages=(k_pages, (pages, kv_heads, dim, page_size)),
+                v_pages=(v_pages, (pages, kv_heads, page_size, dim)),
+                cos=(cos, (len(cos), dim // 2)),
+                sin=(sin, (len(cos), dim // 2)),
+                **{f"norm {i}": (norm, (dim,)) for i, norm in enumerate(norms)},
+            )
+        try:
+            self._context.rope_store_kv(
+                qkv.data_ptr(), _ints(positions), cos.data_ptr(), sin.data_ptr(), _ints(slots),
+                k_pages.data_ptr(), v_pages.data_ptr(), q_out.data_ptr(),
+                0 if q_norm is None else q_norm.data_ptr(),
+                0 if k_norm is None else k_norm.data_ptr(),
+                eps, rows, heads, kv_heads, dim, page_size, pages, len(cos),
+            )  # fmt: skip
+        except ValueError as error:
+            raise InvalidArgument(f"rope_store_kv: {error}") from error
+
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Kernels.silu_mul`. O(T * f)."""
+        rows, width = out.shape
+        if gate_up.shape != (rows, 2 * width) or not _usable(gate_up) or not _usable(out):
+            _refuse("silu_mul", gate_up=(gate_up, (rows, 2 * width)), out=(out, (rows, width)))
+        self._context.silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width)
+
+    def copy_pages(self, k_all: torch.Tensor, v_all: torch.Tensor, copies: IntArray) -> None:
+        """See `Kernels.copy_pages`. O(copies * layers * page)."""
+        layers, pages, kv_heads, dim, page_size = k_all.shape
+        if (
+            v_all.shape != (layers, pages, kv_heads, page_size, dim)
+            or not _usable(k_all) or not _usable(v_all)
+        ):  # fmt: skip
+            _refuse(
+                "copy_pages",
+                k_all=(k_all, (layers, pages, kv_heads, dim, page_size)),
+                v_all=(v_all, (layers, pages, kv_heads, page_size, dim)),
+            )
+        if copies.ndim != 2 or copies.shape[1] != 3:
+            raise InvalidArgument(f"copy_pages: copies must be [C, 3], got {list(copies.shape)}")
+        try:
+            self._context.copy_pages(
+                k_all.data_ptr(), v_all.data_ptr(), _ints(copies), layers, pages, kv_heads, dim,
+                page_size,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InvalidArgument(f"copy_pages: {error}") from error
+
+    def sample(
+        self, logits: torch.Tensor, batch: SamplingBatch
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """See `Kernels.sample`. O(V) per row: only the part of a row at a cut is sorted."""
+        rows, vocab = self._logits_shape("sample", logits)
+        if rows != batch.num_rows:
+            raise InvalidArgument(f"sample: logits has {rows} rows, batch {batch.num_rows}")
+        tokens, logprobs = np.empty(rows, np.int32), np.empty(rows, np.float32)
+        try:
+            self._context.sample(
+                logits.data_ptr(), rows, vocab, logits.stride(0), batch.arrays(),
+                tokens.ctypes.data, logprobs.ctypes.data,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InvalidArgument(f"sample: {error}") from error
+        return tokens, logprobs
+
+    def top_logprobs(
+        self, logits: torch.Tensor, k: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """See `Kernels.top_logprobs`. O(V + k log k log V) per row with tokens in random order."""
+        rows, vocab = self._logits_shape("top_logprobs", logits)
+        ids, logprobs = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
+        try:
+            self._context.top_logprobs(
+                logits.data_ptr(), rows, vocab, logits.stride(0), k, ids.ctypes.data,
+                logprobs.ctypes.data,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InvalidArgument(f"top_logprobs: {error}") from error
+        return ids, logprobs
+
+    @staticmethod
+    def _logits_shape(operation: str, logits: torch.Tensor) -> tuple[int, int]:
+        """Rows may be further apart than the vocabulary; inside a row logits are contiguous."""
+        rows, vocab = logits.shape
+        if logits.dtype is not _F32 or not logits.is_cpu or (vocab > 1 and logits.stride(1) != 1):
+            _refuse(operation, logits=(logits, (rows, vocab)))
+        return rows, vocab

@@ -1,0 +1,153 @@
+"""The decoder that Llama, Mistral and Qwen3 share: RMSNorm, GQA with RoPE on pages, SwiGLU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dendrite_engine.attention.base import AttentionBackend, ForwardBatch
+from dendrite_engine.cache.pages import KVPages
+from dendrite_engine.models.config import ModelConfig
+from dendrite_engine.models.linear import Linear, LinearFactory
+from dendrite_engine.models.rope import rope_tables
+from dendrite_engine.models.weights import WeightReader
+
+
+@dataclass(slots=True)
+class Layer:
+    """Weights of one block; q, k, v and gate, up are fused into one matrix each."""
+
+    input_norm: torch.Tensor  # [hidden]
+    qkv: Linear  # hidden -> (heads + 2 kv_heads) * head_dim
+    q_norm: torch.Tensor | None  # [head_dim]
+    k_norm: torch.Tensor | None  # [head_dim]
+    out: Linear  # heads * head_dim -> hidden
+    post_norm: torch.Tensor  # [hidden]
+    gate_up: Linear  # hidden -> 2 * intermediate
+    down: Linear  # intermediate -> hidden
+    window: int
+
+
+class Transformer:
+    """A decoder-only model whose K/V live in pages.
+
+    Attributes:
+        config: shape and arithmetic.
+        linear: how weights are multiplied, and why.
+    """
+
+    def __init__(self, config: ModelConfig, reader: WeightReader, linear: LinearFactory) -> None:
+        self.config, self.linear = config, linear
+        hidden, vocab = config.hidden_size, config.vocab_size
+        self.embedding = reader.get("model.embed_tokens.weight", vocab, hidden)  # [vocab, hidden]
+        self.layers = [_load_layer(config, reader, linear, i) for i in range(config.num_layers)]
+        self.final_norm = reader.get("model.norm.weight", hidden)
+        tied = config.tie_embeddings or "lm_head.weight" not in reader
+        head = self.embedding if tied else reader.get("lm_head.weight", vocab, hidden)
+        self.lm_head = linear(head)
+        self._cos = self._sin = torch.empty(0)
+
+    @classmethod
+    def load(cls, directory: Path, config: ModelConfig, linear: LinearFactory) -> Transformer:
+        """Read the weights of a model directory (safetensors only) as fp32.
+
+        Raises:
+            ModelError: a file or tensor is missing, malformed, or has another shape than config.json.
+        """
+        with WeightReader(directory) as reader:
+            return cls(config, reader, linear)
+
+    def set_max_positions(self, max_positions: int) -> None:
+        """Make the RoPE tables for positions 0..max_positions-1."""
+        self._cos, self._sin = rope_tables(self.config, max_positions)
+
+    def forward(
+        self, batch: ForwardBatch, pages: KVPages, attention: AttentionBackend, ops: Any
+    ) -> torch.Tensor:
+        """Run one batch: store its K/V, return logits fp32 [len(batch.logits_rows), vocab].
+
+        Rows attend to what their branches hold in pages and to themselves.
+        """
+        config, eps = self.config, self.config.rms_eps
+        rows = batch.token_ids.shape[0]
+        residual = self.embedding[batch.token_ids.long()]  # [T, hidden]
+        normed = torch.empty_like(residual)
+        q = torch.empty(rows, config.num_heads, config.head_dim)
+        attended = torch.empty_like(q)
+        gated = torch.empty(rows, config.intermediate_size)
+        update: torch.Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            _norm(ops, update, residual, layer.input_norm, eps, normed)
+            k_pages, v_pages = pages.layer(index)
+            ops.rope_store_kv(
+                layer.qkv(normed), batch.positions, self._cos, self._sin, batch.slots,
+                k_pages, v_pages, q, layer.q_norm, layer.k_norm, eps,
+            )  # fmt: skip
+            attention.attend(
+                q, k_pages, v_pages, batch, attended, scale=config.scale, window=layer.window
+            )
+            update = layer.out(attended.view(rows, -1))
+            _norm(ops, update, residual, layer.post_norm, eps, normed)
+            ops.silu_mul(layer.gate_up(normed), gated)
+            update = layer.down(gated)
+        return self._logits(batch, update, residual, ops)
+
+    def _logits(
+        self, batch: ForwardBatch, update: torch.Tensor | None, residual: torch.Tensor, ops: Any
+    ) -> torch.Tensor:
+        wanted = batch.logits_rows
+        if update is not None:
+            residual = residual.index_select(0, wanted) + update.index_select(0, wanted)
+        normed = torch.empty_like(residual)
+        if residual.shape[0] == 0:
+            return torch.empty(0, self.config.vocab_size)
+        ops.add_rms_norm(residual, None, self.final_norm, self.config.rms_eps, normed)
+        return self.lm_head(normed)
+
+
+def _norm(
+    ops: Any,
+    update: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    """residual += update (unless this is the first block), then out = RMSNorm(residual) * weight."""
+    if update is None:
+        ops.add_rms_norm(residual, None, weight, eps, out)
+    else:
+        ops.add_rms_norm(update, residual, weight, eps, out)
+
+
+def _load_layer(
+    config: ModelConfig, reader: WeightReader, linear: LinearFactory, index: int
+) -> Layer:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_out, kv_out = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    prefix = f"model.layers.{index}."
+
+    def fused(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
+        weight = torch.cat([reader.get(f"{prefix}{n}.weight", out, inputs) for n, out in names])
+        if not bias:
+            return linear(weight)
+        return linear(weight, torch.cat([reader.get(f"{prefix}{n}.bias", out) for n, out in names]))
+
+    def head_norm(name: str) -> torch.Tensor | None:
+        return reader.get(f"{prefix}self_attn.{name}.weight", config.head_dim) if config.qk_norm else None
+
+    qkv = [(f"self_attn.{n}_proj", q_out if n == "q" else kv_out) for n in "qkv"]
+    return Layer(
+        input_norm=reader.get(f"{prefix}input_layernorm.weight", hidden),
+        qkv=fused(qkv, hidden, config.attention_bias),
+        q_norm=head_norm("q_norm"),
+        k_norm=head_norm("k_norm"),
+        out=fused([("self_attn.o_proj", hidden)], q_out, config.attention_bias),
+        post_norm=reader.get(f"{prefix}post_attention_layernorm.weight", hidden),
+        gate_up=fused([("mlp.gate_proj", inner), ("mlp.up_proj", inner)], hidden, config.mlp_bias),
+        down=fused([("mlp.down_proj", hidden)], inner, config.mlp_bias),
+        window=config.windows[index] if config.windows else 0,
+    )

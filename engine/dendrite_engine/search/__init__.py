@@ -1,0 +1,102 @@
+"""Tree search over an LLM on branch handles: ask/tell algorithms, budgets, evaluators, the handle.
+
+Public names are imported when first used. A new algorithm is one file and one line in `SEARCHES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dendrite_engine.registry import Registry
+
+if TYPE_CHECKING:
+    from dendrite_engine.search.base import Outcome, Search, State, Trial
+    from dendrite_engine.search.beam import BeamSearch
+    from dendrite_engine.search.budget import Budget, Usage
+    from dendrite_engine.search.driver import Runner
+    from dendrite_engine.search.evaluators import (
+        Evaluator,
+        combine,
+        keyword_coverage,
+        mean_logprob,
+        sum_logprob,
+        verifier,
+    )
+    from dendrite_engine.search.handle import SearchHandle
+    from dendrite_engine.search.mcts import MCTS
+    from dendrite_engine.search.result import SearchResult
+    from dendrite_engine.search.session import SearchEvent
+    from dendrite_engine.search.start import start_search
+    from dendrite_engine.search.stats import SearchStats
+    from dendrite_engine.search.tree import Node, Tree
+
+SEARCHES: Registry[type[Search[Any]]] = Registry(
+    "search algorithm",
+    {
+        "beam": "dendrite_engine.search.beam:BeamSearch",
+        "mcts": "dendrite_engine.search.mcts:MCTS",
+    },
+)
+
+_PUBLIC = {
+    "MCTS": "mcts",
+    "BeamSearch": "beam",
+    "Budget": "budget",
+    "Evaluator": "evaluators",
+    "Node": "tree",
+    "Outcome": "base",
+    "Runner": "driver",
+    "Search": "base",
+    "SearchEvent": "session",
+    "SearchHandle": "handle",
+    "SearchResult": "result",
+    "SearchStats": "stats",
+    "State": "base",
+    "Tree": "tree",
+    "Trial": "base",
+    "Usage": "budget",
+    "combine": "evaluators",
+    "keyword_coverage": "evaluators",
+    "mean_logprob": "evaluators",
+    "start_search": "start",
+    "sum_logprob": "evaluators",
+    "verifier": "evaluators",
+}
+
+__all__ = [
+    "MCTS",
+    "SEARCHES",
+    "BeamSearch",
+    "Budget",
+    "Evaluator",
+    "Node",
+    "Outcome",
+    "Runner",
+    "Search",
+    "SearchEvent",
+    "SearchHandle",
+    "SearchResult",
+    "SearchStats",
+    "State",
+    "Tree",
+    "Trial",
+    "Usage",
+    "combine",
+    "keyword_coverage",
+    "mean_logprob",
+    "start_search",
+    "sum_logprob",
+    "verifier",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,323 @@
+"""The runner: does what trials ask for with the engine, one batch at a time.
+
+All children of all trials of a batch are forked first and decoded in one job, so that every live leaf
+shares each forward; the evaluator is then called once for the whole batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dendrite_engine.errors import (
+    ContextTooLong,
+    NumericError,
+    OutOfPages,
+    SearchError,
+    StaleBranch,
+)
+from dendrite_engine.search.base import ENDED, Outcome, Trial
+from dendrite_engine.search.evaluators import Evaluator, EvaluatorGuard, bind
+from dendrite_engine.search.keeper import BRANCH_ERRORS, BranchKeeper
+from dendrite_engine.search.tree import Node
+
+if TYPE_CHECKING:
+    from dendrite_engine.engine import Engine
+    from dendrite_engine.jobs import Job
+    from dendrite_engine.sampling_params import SamplingParams
+    from dendrite_engine.tree.branch import Branch
+    from dendrite_engine.types import Completion, FinishReason, TokenAlternative
+
+
+@dataclass(slots=True)
+class Work:
+    """A trial on its way through the runner."""
+
+    trial: Trial
+    outcome: Outcome
+    rollout: Branch | None = None
+
+    @property
+    def branch(self) -> Branch:
+        """The child's branch, once it was forked."""
+        if self.outcome.branch is None:
+            raise SearchError(f"trial {self.trial.id} has no branch yet")
+        return self.outcome.branch
+
+    @property
+    def params(self) -> SamplingParams:
+        """How to decode what is left of the child after its forced tokens."""
+        params = self.trial.params
+        if params is None:
+            raise SearchError(f"trial {self.trial.id} expands a node without sampling params")
+        forced = len(self.outcome.token_ids)
+        return params.replace(max_tokens=params.max_tokens - forced) if forced else params
+
+    @property
+    def unfinished(self) -> bool:
+        """Nothing has ended this trial yet."""
+        return self.outcome.finish_reason is None
+
+    def fail(self, error: Exception) -> None:
+        """End this trial alone."""
+        self.outcome.finish_reason = reason_of(error)
+        self.outcome.error = f"{type(error).__name__}: {error}"
+
+
+def reason_of(error: Exception) -> FinishReason:
+    """The finish reason that an engine error stands for."""
+    if isinstance(error, StaleBranch):
+        return "stale"
+    if isinstance(error, ContextTooLong):
+        return "context_full"
+    return "numeric_error" if isinstance(error, NumericError) else "out_of_pages"
+
+
+class Runner:
+    """Carries out trials.
+
+    Args:
+        engine: where the branches live.
+        root: the branch that the search starts from; never pruned here.
+        evaluator: values children; `None` leaves `Outcome.value` empty.
+
+    Attributes:
+        keeper: makes and prunes the branches.
+    """
+
+    def __init__(self, engine: Engine, root: Branch, evaluator: Evaluator | None = None) -> None:
+        self.keeper = BranchKeeper(engine)
+        self.settle = self.keeper.settle
+        self._engine = engine
+        self._eos = frozenset(engine.model_config.eos_token_ids)
+        self._guard = None if evaluator is None else EvaluatorGuard(bind(evaluator, root))
+        self._lock = threading.Lock()  # guards _job and _cancelled: cancel() comes from other threads
+        self._job: Job | None = None
+        self._cancelled = False
+
+    def run(self, trials: Sequence[Trial]) -> list[Outcome]:
+        """Carry out a batch of trials; outcomes come in the order of the trials.
+
+        A trial that fails alone (no pages, its branch pruned meanwhile, NaN logits, its evaluation
+        raised) says so in its outcome. Two jobs at most: the children, then their rollouts.
+
+        Raises:
+            DendriteError: the engine can't go on.
+            Exception: the evaluator is broken (see `EvaluatorGuard`). Branches of this batch are pruned.
+        """
+        before = set(self.keeper.live)
+        works = [Work(trial, Outcome(trial.id)) for trial in trials]
+        try:
+            self._look(works)
+            expanding = [w for w in works if w.trial.action == "expand" and w.unfinished]
+            self._fork(expanding)
+            self._begin(expanding)
+            self._decode([w for w in expanding if w.unfinished])
+            self._roll_out(expanding)
+            self._evaluate([w for w in works if w.trial.action != "look"])
+        except BaseException:
+            self.keeper.prune_all(keep=before)
+            raise
+        for work in works:
+            if work.rollout is not None:
+                self.keeper.prune(work.rollout)
+        return [work.outcome for work in works]
+
+    def cancel(self) -> None:
+        """End the running job after its present forward, and all later ones at once. Any thread."""
+        with self._lock:
+            self._cancelled = True
+            if self._job is not None:
+                self._job.cancel()
+
+    # -- steps of a batch -----------------------------------------------------------------------
+
+    def _look(self, works: Sequence[Work]) -> None:
+        """Look up next tokens in one forward: for `look` trials, and for children begun by rank."""
+        wanting = [w for w in works if w.trial.action == "look" or _lacks_alternatives(w.trial)]
+        nodes = {w.trial.node.id: w.trial.node for w in wanting}
+        if not nodes:
+            return
+        k = min(max(w.trial.k for w in wanting), self._engine.model_config.vocab_size)
+        found = self._top_tokens(list(nodes.values()), k)
+        for work in wanting:
+            answer = found[work.trial.node.id]
+            if isinstance(answer, Exception):
+                work.fail(answer)
+            elif work.trial.action == "look":
+                work.outcome.alternatives = answer
+                work.outcome.tokens_used = 1
+            else:
+                work.trial.node.alternatives = answer
+
+    def _top_tokens(
+        self, nodes: Sequence[Node], k: int
+    ) -> dict[int, tuple[TokenAlternative, ...] | Exception]:
+        """Alternatives by node id; one branch's failure stays its own."""
+        try:
+            rows = self._engine.top_tokens([_at_end(node) for node in nodes], k)
+        except (*BRANCH_ERRORS, NumericError) as error:
+            if len(nodes) == 1:
+                return {nodes[0].id: error}
+            found: dict[int, tuple[TokenAlternative, ...] | Exception] = {}
+            for node in nodes:
+                found.update(self._top_tokens([node], k))
+            return found
+        return {node.id: tuple(row) for node, row in zip(nodes, rows, strict=True)}
+
+    def _fork(self, works: Sequence[Work]) -> None:
+        for work in works:
+            try:
+                work.outcome.branch = self.keeper.fork_end(work.trial.node)
+            except BRANCH_ERRORS as error:
+                work.fail(error)
+
+    def _begin(self, works: Sequence[Work]) -> None:
+        """Force the first token of children begun by rank."""
+        begun: list[tuple[Work, TokenAlternative]] = []
+        for work in works:
+            rank, known = work.trial.alternative, work.trial.node.alternatives
+            if rank is None or not work.unfinished:
+                continue
+            if rank < len(known):
+                begun.append((work, known[rank]))
+            else:  # a small vocabulary has no more
+                work.outcome.finish_reason = "no_alternative"
+        errors = self.keeper.extend([w.branch for w, _ in begun], [[a.token_id] for _, a in begun])
+        for (work, first), error in zip(begun, errors, strict=True):
+            if error is not None:
+                work.fail(error)
+                continue
+            last = work.params.max_tokens == 1
+            work.outcome.token_ids = (first.token_id,)
+            work.outcome.logprobs = (first.logprob,)
+            work.outcome.tokens_used = 1
+            if first.token_id in self._eos:
+                work.outcome.finish_reason = "eos"
+            elif last:
+                work.outcome.finish_reason = "length"
+
+    def _decode(self, works: Sequence[Work]) -> None:
+        """Decode all children in one job."""
+        completions = self._complete([w.branch for w in works], [w.params for w in works])
+        for work, completion in zip(works, completions, strict=True):
+            outcome = work.outcome
+            outcome.token_ids += tuple(completion.token_ids)
+            outcome.logprobs += tuple(completion.logprobs)
+            outcome.tokens_used += len(completion.token_ids)
+            outcome.finish_reason = completion.finish_reason
+            if completion.error is not None:
+                outcome.error = f"{type(completion.error).__name__}: {completion.error}"
+
+    def _roll_out(self, works: Sequence[Work]) -> None:
+        """Decode a continuation of every child whose text goes on, in one job."""
+        going: list[tuple[Work, Branch, SamplingParams]] = []
+        for work in works:
+            params, outcome = work.trial.rollout, work.outcome
+            if params is None or outcome.lost or outcome.finish_reason in ENDED:
+                continue
+            try:
+                work.rollout = self.keeper.keep(work.branch.fork(1)[0])
+            except BRANCH_ERRORS as error:
+                work.fail(error)
+                continue
+            going.append((work, work.rollout, params))
+        completions = self._complete([b for _, b, _ in going], [p for _, _, p in going])
+        for (work, _, _), completion in zip(going, completions, strict=True):
+            work.outcome.tokens_used += len(completion.token_ids)
+            if completion.finish_reason == "cancelled":
+                work.outcome.finish_reason = "cancelled"
+            elif completion.error is not None:  # what was decoded before it is valued all the same
+                work.outcome.error = f"rollout: {completion.error}"
+
+    def _evaluate(self, works: Sequence[Work]) -> None:
+        """Call the evaluator once for all children that are left, and for `evaluate` trials."""
+        if self._cancelled:
+            for work in works:
+                work.outcome.finish_reason = "cancelled"
+        if self._guard is None or self._cancelled:
+            return
+        subjects: list[tuple[Work, Branch]] = []
+        for work in works:
+            subject = work.rollout or work.outcome.branch
+            if work.trial.action == "evaluate":
+                subject = work.trial.node.branch
+            if work.outcome.lost:
+                continue
+            if subject is None or not subject.is_alive:
+                work.outcome.finish_reason = "stale"
+            else:
+                subjects.append((work, subject))
+        values = self._guard([subject for _, subject in subjects])
+        for (work, _), valued in zip(subjects, values, strict=True):
+            work.outcome.value = valued.value
+            work.outcome.error = valued.error or work.outcome.error
+
+    # -- decoding -------------------------------------------------------------------------------
+
+    def _complete(
+        self, branches: Sequence[Branch], params: Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """Decode branches together; one that was pruned meanwhile or is full ends by itself."""
+        done: dict[int, Completion] = {}
+        left = list(zip(branches, params, strict=True))
+        while left:
+            left = [(b, p) for b, p in left if not self._unfit(b, done)]
+            try:
+                job = self._submit(left)
+            except (StaleBranch, OutOfPages) as error:
+                if isinstance(error, StaleBranch) and all(b.is_alive for b, _ in left):
+                    raise  # nobody pruned it: a branch of another engine
+                if isinstance(error, OutOfPages):
+                    done.update((b.id, _ended(b, "out_of_pages", error)) for b, _ in left)
+                    break
+                continue
+            if job is None:
+                done.update((b.id, _ended(b, "cancelled")) for b, _ in left)
+                break
+            try:
+                done.update((c.branch.id, c) for c in job.result())
+            finally:
+                with self._lock:
+                    self._job = None
+            break
+        return [done[branch.id] for branch in branches]
+
+    def _unfit(self, branch: Branch, done: dict[int, Completion]) -> bool:
+        try:
+            if branch.num_tokens < self._engine.max_context:
+                return False
+            done[branch.id] = _ended(branch, "context_full")
+        except StaleBranch as error:
+            done[branch.id] = _ended(branch, "stale", error)
+        return True
+
+    def _submit(self, rows: Sequence[tuple[Branch, SamplingParams]]) -> Job | None:
+        """Start the job, unless the search was cancelled before."""
+        with self._lock:
+            if self._cancelled or not rows:
+                return None
+            self._job = self._engine.submit([b for b, _ in rows], [p for _, p in rows])
+            return self._job
+
+
+def _lacks_alternatives(trial: Trial) -> bool:
+    """Whether a child is to begin with a rank that its node has not looked up."""
+    known = len(trial.node.alternatives)
+    return trial.alternative is not None and trial.alternative >= known
+
+
+def _at_end(node: Node) -> Branch:
+    """The node's branch, still ending where the node ends."""
+    if node.branch is None or node.branch.num_tokens != node.span[1]:
+        raise StaleBranch(f"branch {node.branch_id} was pruned or changed while its node was searched")
+    return node.branch
+
+
+def _ended(branch: Branch, reason: FinishReason, error: Exception | None = None) -> Completion:
+    from dendrite_engine.types import Completion  # at run time only here: keeps the import cheap
+
+    details: dict[str, Any] = {"finish_reason": reason, "error": error}
+    return Completion(branch, **details)

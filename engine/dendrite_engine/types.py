@@ -1,0 +1,139 @@
+"""Small value types that travel between the layers and to the user."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from dendrite_engine.tree.branch import Branch
+
+FinishReason = Literal[
+    "stop",  # a stop string or stop token id was produced
+    "eos",  # the model ended its turn
+    "length",  # max_tokens was reached
+    "cancelled",  # the job was cancelled
+    "out_of_pages",  # the page pool could not hold the next token
+    "context_full",  # the model's context is used up
+    "numeric_error",  # NaN or Inf logits: nothing was sampled
+    "stale",  # the branch was pruned while it generated
+    "error",  # the step failed; `error` says why
+]
+
+
+class TokenAlternative(NamedTuple):
+    """One candidate for a position.
+
+    Attributes:
+        token_id: vocabulary id.
+        text: the token as text (may be part of a UTF-8 sequence; shown with U+FFFD then).
+        logprob: natural log of the model's probability, before temperature and filters.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One step of one branch, as streamed by `Engine.generate`.
+
+    Attributes:
+        branch: the branch that advanced.
+        token_id: the new token, or None when the branch ended without one.
+        text: newly complete text; empty while a multi-byte character is still incomplete.
+        logprob: log-probability of the token under the unmodified model.
+        top: the `SamplingParams.logprobs` most likely tokens of this position.
+        finish_reason: set on the last event of the branch.
+        error: the exception behind `finish_reason` where there is one.
+    """
+
+    branch: Branch
+    token_id: int | None
+    text: str
+    logprob: float | None = None
+    top: tuple[TokenAlternative, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class Completion:
+    """What one branch produced in one job.
+
+    Attributes:
+        branch: the branch, now holding these tokens.
+        token_ids: the new tokens, in order.
+        text: their text, special tokens left out.
+        logprobs: one log-probability a token.
+        finish_reason: why it ended.
+        error: the exception behind it where there is one.
+    """
+
+    branch: Branch
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+
+    @property
+    def cum_logprob(self) -> float:
+        """Sum of the log-probabilities of the new tokens."""
+        return sum(self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A reading of the engine's counters. Pages are counts; bytes are K and V of all layers.
+
+    Attributes:
+        pages_total: the budget.
+        pages_free: on the free list.
+        pages_live: held by branches.
+        pages_shared: live pages below which more than one branch hangs.
+        pages_cached: held only by the prefix index; evicted when pages run short.
+        refcount_histogram: branches below a page -> number of live pages.
+        branches: live branch handles.
+        segments: segments in the tree.
+        forks: forks made so far.
+        prunes: branches pruned so far.
+        cow_copies: pages copied because a branch diverged inside them.
+        evictions: cached pages given back so far.
+        prefix_hit_tokens: prompt tokens that were found in the prefix index.
+        page_bytes: bytes of one page.
+        bytes_live: bytes of the live pages.
+        bytes_shared: bytes of the shared pages.
+        bytes_saved: bytes that copies for every branch would take on top of bytes_live.
+        steps: forward passes so far.
+        tokens_computed: rows that went through the model.
+        tokens_generated: tokens sampled.
+        step_ms_p50: median time of the last 256 forward passes, in ms (0 before the first).
+        step_ms_last: time of the last forward pass, in ms.
+        jobs_running: jobs that still generate.
+    """
+
+    pages_total: int
+    pages_free: int
+    pages_live: int
+    pages_shared: int
+    pages_cached: int
+    refcount_histogram: dict[int, int]
+    branches: int
+    segments: int
+    forks: int
+    prunes: int
+    cow_copies: int
+    evictions: int
+    prefix_hit_tokens: int
+    page_bytes: int
+    bytes_live: int
+    bytes_shared: int
+    bytes_saved: int
+    steps: int
+    tokens_computed: int
+    tokens_generated: int
+    step_ms_p50: float
+    step_ms_last: float
+    jobs_running: int

@@ -1,0 +1,61 @@
+"""Fifty prompts of several kinds: text, code, other languages, odd characters, and chat."""
+
+from __future__ import annotations
+
+TEXTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "The three primary colours are",
+    "Photosynthesis is the process by which",
+    "def fibonacci(n):\n    ",
+    "The quick brown fox",
+    "In 1969, astronauts",
+    "Water boils at",
+    "A recipe for pancakes:\n1.",
+    "The largest planet in the solar system",
+    "To be or not to be,",
+    "My favourite season is autumn because",
+    "import numpy as np\n\n",
+    "The mitochondria is",
+    "Dear Sir or Madam,\n\n",
+    "SELECT name FROM users WHERE",
+    "The opposite of hot is",
+    "Roses are red,",
+    "A haiku about winter:\n",
+    "The meaning of life is",
+    "If it rains tomorrow,",
+    "The speed of light is approximately",
+    "List of fruits: apple, banana,",
+    "Die Hauptstadt von Deutschland ist",
+    "La vie est",
+    "1, 1, 2, 3, 5, 8,",
+    "<html>\n<body>\n",
+    "She opened the door and",
+    "The Great Wall of China",
+    "Machine learning is",
+    "  leading spaces and\ttabs\n\n",
+    "naïve café — “quotes” …",
+    "日本の首都は",
+    "🙂🙃 emoji and text:",
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+]
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write one sentence about the ocean.",
+    "Give me three names for a cat.",
+    "Explain gravity to a child.",
+    "What is the tallest mountain on Earth?",
+    "Translate 'good morning' to Spanish.",
+    "Tell me a short joke.",
+    "What do bees make?",
+    "Name a famous painter.",
+    "How many days are in a week?",
+    "Write a two-line poem about rain.",
+    "What is a noun?",
+    "Suggest a healthy breakfast.",
+    "Who wrote Romeo and Juliet?",
+    "What colour is the sky?",
+]
+
+PROMPTS = [*TEXTS, *([{"role": "user", "content": question}] for question in QUESTIONS)]
