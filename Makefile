@@ -21,6 +21,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(STAMP)  ## make .venv: builds the native modules, installs everything (quick when up to date)
+	@:
 
 # Editable: Python comes from the checkout, the two native modules are built into .venv and rebuilt
 # here when a C++ source changes. Build tools go into .venv first, so that no network is needed for
@@ -81,6 +82,7 @@ bench: setup model  ## run the benchmarks into benchmarks/results (BENCHMARKS="f
 	mkdir -p benchmarks/results
 	set -e; for name in $(BENCHMARKS); do \
 	  $(BIN)/dendrite-lab bench $$name --json benchmarks/results/$$name.json; done
+	$(BIN)/python benchmarks/make_report.py
 
 lint: setup  ## style, types
 	$(BIN)/ruff check .

@@ -29,8 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 1 where `golden` finds a difference, 2 after an error (message on stderr; with
         `--debug` the traceback too), 130 after Ctrl-C.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, arguments.rest = parser.parse_known_args(argv)
     command: Command = arguments.command
+    if arguments.rest and command is not run_bench:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     try:
         return command(arguments)
     except DendriteError as error:
@@ -102,7 +105,6 @@ def _add_bench(commands: Any) -> None:
     bench = _add(commands, "bench", run_bench, "Run a benchmark; further arguments go to it.")
     bench.add_argument("name", metavar="NAME", help="fork, memory, tree, first-token, ...")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
 def _add_small(commands: Any) -> None:

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dendrite_lab import __version__
+
 PACKAGES = (
-    "dendrite-lab", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf",
+    "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf",
     "llguidance", "jupyterlab", "jupyter-server", "ipykernel", "ipywidgets", "jupyterlab-widgets",
     "anywidget", "plotly",
 )  # fmt: skip
@@ -34,14 +36,15 @@ OLD_KERNEL_NOTE = (
 def examine() -> dict[str, Any]:
     """Return what was found, as plain JSON values.
 
-    Keys: `python`, `platform`, `packages`, `cpu`, `memory`, `kernels`, `cuda`, `cache`, `browser`,
-    `notes` (worth knowing) and `problems` (something needed is missing or broken).
+    Keys: `dendrite-lab`, `python`, `platform`, `packages`, `cpu`, `memory`, `kernels`, `cuda`,
+    `cache`, `browser`, `notes` (worth knowing) and `problems` (something needed is missing).
     """
     notes: list[str] = []
     problems: list[str] = []
     packages = {name: _version(name) for name in PACKAGES}
     problems += [f"{name} is not installed" for name, found in packages.items() if found is None]
     findings = {
+        "dendrite-lab": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": packages,

@@ -68,15 +68,14 @@ class Session:
             if events:
                 self._resolve_prompts()
             self._fold_statuses()
-            for branch_id, position in self.search.poll():
-                piece = self.model.piece_at(branch_id, position)
-                self.model.touch(branch_id if piece is None else piece.key)
+            for branch_id in self.search.poll():
+                self.model.touch(branch_id)
 
-    def refresh(self, now: float | None = None) -> None:
-        """Read page counts and totals, at most ten times a second."""
-        now = time.monotonic() if now is None else now
+    def refresh(self, *, force: bool = False) -> None:
+        """Read page counts and totals; unless forced, at most ten times a second."""
+        now = time.monotonic()
         with self.lock:
-            if now - self._refreshed < _REFRESH_SECONDS:
+            if now - self._refreshed < _REFRESH_SECONDS and not force:
                 return
             self._refreshed = now
             self._read_pages()

@@ -31,7 +31,7 @@ def text_tree(target: Any, *, max_lines: int = _MAX_LINES, width: int = _WIDTH) 
     session = target if isinstance(target, Session) else _session(target)
     with session.lock:
         session.sync()
-        session.refresh()
+        session.refresh(force=True)
         lines = _lines(session, max_lines, width)
     return "\n".join(lines) if lines else "(no branches)"
 

@@ -56,7 +56,7 @@ class TreeView:
         self._nodes: dict[int, NodeView] = {}
         with session.lock:
             session.sync()
-            session.refresh()
+            session.refresh(force=True)
             for piece in session.model.all_pieces():
                 text = "".join(session.model.texts(piece))
                 self._nodes[piece.node] = _view(session.row(piece), text)

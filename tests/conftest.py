@@ -28,7 +28,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture
 def make_engine(tiny_model) -> Iterator[Callable]:
-    """Makes engines on tiny models, in debug mode unless told otherwise; closes them and recounts."""
+    """Makes engines on tiny models, in debug mode unless told otherwise; closes them and
+    recounts.
+    """
     from dendrite_engine import Engine
 
     engines = []

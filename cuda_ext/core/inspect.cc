@@ -55,7 +55,8 @@ int32_t TreeCore::count_owned(Segment* tail) const {
     if (tree_.offset(child->start) && upper != lower) {
       if (child->pending_src < 0) {
         drop(upper);
-      } else if (child->in_flight == 0 && tree_.pool.refs(upper) - scratch_[upper] == 2) {
+      } else if (child->in_flight == 0 && tree_.pool.refs(lower) == 1 &&
+                 tree_.pool.refs(upper) - scratch_[upper] == 2) {
         drop(lower);
       }
     }

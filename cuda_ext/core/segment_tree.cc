@@ -190,12 +190,12 @@ void SegmentTree::try_merge(Segment* segment) {
 }
 
 // Decides which of the two pages around the seam stays. False: not now (the copy is on its way, or
-// somebody else still reads the source page, so the child must keep its own).
+// somebody else needs the source page as it is, or reads the child's page).
 bool SegmentTree::join_pages(Segment* parent, Segment* child) {
   if (offset(child->start)) {
     const int32_t upper = parent->pages.back(), lower = child->pages.front();
     if (child->pending_src >= 0) {
-      if (child->in_flight > 0 || pool.refs(upper) != 2) return false;
+      if (child->in_flight > 0 || pool.refs(upper) != 2 || pool.refs(lower) != 1) return false;
       child->pending_src = -1;  // the parent's page has no other reader: go on in place
       drop_page(upper);
       if (pool.retained(lower)) pool.retain(upper);

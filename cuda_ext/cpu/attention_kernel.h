@@ -25,14 +25,23 @@ constexpr int kScoreRows = 6, kValueRows = 6;
 constexpr int kScoreRows = 2, kValueRows = 2;
 #endif
 
+// Where the data needed next lie, laid out like the K page being read: fetched a line per step.
+struct Ahead {
+  const float* k;  // the next page of K
+  const float* v;  // V of this page
+};
+
 // R q-rows x (NV vectors) of scores for one page; all accumulators stay in registers.
 template <class V, int R, int NV>
-void score_tile(const float* q, int q_stride, const float* k, int page_size, int dim, float* out) {
+void score_tile(const float* q, int q_stride, const float* k, int page_size, int dim, Ahead ahead,
+                float* out) {
   constexpr int width = sizeof(V) / sizeof(float);
   V sum[R][NV];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < NV; ++n) sum[r][n] = splat<V>(0.0f);
   for (int d = 0; d < dim; ++d, q += q_stride, k += page_size) {
+    __builtin_prefetch(ahead.k + d * page_size);
+    __builtin_prefetch(ahead.v + d * page_size, 0, 2);
     V column[NV];
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) column[n] = load<V>(k + n * width);
@@ -81,7 +90,7 @@ void value_tile(const float* p, const float* const* pages, int begin, int end, i
     for (int n = 0; n < NV; ++n) store(acc + r * dim + d0 + n * width, sum[r][n]);
 }
 
-using ScoreTile = void (*)(const float*, int, const float*, int, int, float*);
+using ScoreTile = void (*)(const float*, int, const float*, int, int, Ahead, float*);
 using ValueTile = void (*)(const float*, const float* const*, int, int, int, int, int, float*);
 
 template <class V, int NV, int Rows, class = std::make_integer_sequence<int, Rows>>
@@ -122,15 +131,16 @@ void score_narrow(const float* q, int q_stride, const float* k, int page_size, i
     }
 }
 
-void score_page(const ChunkJob& job, const float* k, int x, int rows, int column) {
+void score_page(const ChunkJob& job, const float* k, Ahead ahead, int x, int rows, int column) {
   const float* q = job.q + x;
   float* out = job.scores + int64_t(x) * kScoreStride + column;
   const int size = job.page_size;
   if (size >= 16) {
     for (int c = 0; c < size; c += 16)
-      Score16::score[rows - 1](q, job.q_stride, k + c, size, job.dim, out + c);
+      Score16::score[rows - 1](q, job.q_stride, k + c, size, job.dim, {ahead.k + c, ahead.v + c},
+                               out + c);
   } else if (size == 8) {
-    Score8::score[rows - 1](q, job.q_stride, k, size, job.dim, out);
+    Score8::score[rows - 1](q, job.q_stride, k, size, job.dim, ahead, out);
   } else {
     score_narrow(q, job.q_stride, k, size, job.dim, rows, out);
   }
@@ -154,11 +164,14 @@ void score_run(const ChunkJob& job, const Run& run) {
   const int step = tile_rows(end - begin, kScoreRows);
   for (int i = 0; i < run.num_pages; ++i) {
     const int column = run.column + (i << job.page_shift);
-    const float* k = job.k + job.pages[run.page_begin + i] * job.page_stride;
+    const int32_t* page = job.pages + run.page_begin + i;
+    const float* k = job.k + page[0] * job.page_stride;
+    const int next = i + 1 < run.num_pages ? page[1] : page[0];
+    const Ahead ahead = {job.k + next * job.page_stride, job.v + page[0] * job.page_stride};
     for (int x = begin; x < end; x += step) {
       const int stop = least(end, x + step);
       if (visible(job, x, stop, column, column + job.page_size))
-        score_page(job, k, x, stop - x, column);
+        score_page(job, k, ahead, x, stop - x, column);
     }
   }
 }

@@ -1,7 +1,7 @@
 """Benchmarks by name; `dendrite-lab bench NAME --json FILE` runs one.
 
-Every run returns one JSON-serialisable report: machine, versions, command, and rows with medians and
-spread. `benchmarks/make_report.py` turns the stored reports into BENCHMARKS.md.
+Every run returns one JSON-serialisable report: machine, versions, command, and rows with medians
+and spread. `benchmarks/make_report.py` turns the stored reports into BENCHMARKS.md.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     for prefix in args.prefixes:
         root = engine.prompt(prompt_ids(engine.tokenizer, prefix - 3))
         for count in args.forks:
-            rows.append({"prefix": prefix, "forks": count, **_case(engine, root, count, args.repeats)})
+            rows.append(
+                {"prefix": prefix, "forks": count, **_case(engine, root, count, args.repeats)}
+            )
         root.prune()
     engine.close()
     return measure.report("first-token", argv, rows)

@@ -52,7 +52,9 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     parser.add_argument("--forks", type=int, default=2000, help="forks per repetition")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--gguf", type=Path, help="model for llama.cpp, if llama-cpp-python is there")
+    parser.add_argument(
+        "--gguf", type=Path, help="model for llama.cpp, if llama-cpp-python is there"
+    )
     args = parser.parse_args(list(argv))
     rows = [_at(context, args.forks, args.repeats) for context in args.contexts]
     peers = [] if args.no_peers else _peers(args.repeats, args.gguf)

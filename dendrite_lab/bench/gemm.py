@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
             x = torch.randn(rows, inputs)
             row: dict[str, Any] = {"matrix": name, "in": inputs, "out": outputs, "rows": rows}
             for label, linear in (("packed_us", packed), ("plain_us", plain)):
-                seconds = measure.repeat(lambda f=linear, a=x: f(a), args.repeats, warmup=3)
+                seconds = measure.repeat(functools.partial(linear, x), args.repeats, warmup=3)
                 row[label] = measure.spread([s * 1e6 for s in seconds], 1)
             out.append(row)
     return measure.report("gemm", argv, out, linear=f"{factory.name}: {factory.reason}")

@@ -40,7 +40,9 @@ def repeat(action: Callable[[], object], times: int, warmup: int = 1) -> list[fl
     return [timed(action) for _ in range(times)]
 
 
-def report(name: str, argv: Sequence[str], rows: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+def report(
+    name: str, argv: Sequence[str], rows: list[dict[str, Any]], **extra: Any
+) -> dict[str, Any]:
     """A benchmark's result: who measured what, where, with which versions."""
     return {
         "benchmark": name,
@@ -70,11 +72,8 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter, where installed."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    found.update({name: installed[name] for name in PACKAGES if name in installed})
     return found
 
 

@@ -15,7 +15,9 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     """Run the benchmark; see the module's first line."""
     parser = argparse.ArgumentParser(prog="dendrite-lab bench memory")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--prefix", type=int, default=4091, help="not a multiple of 16: a part page")
+    parser.add_argument(
+        "--prefix", type=int, default=4091, help="not a multiple of 16: a part page"
+    )
     parser.add_argument("--branches", type=int, nargs="+", default=[1, 6, 64])
     parser.add_argument("--tokens", type=int, default=32)
     args = parser.parse_args(list(argv))

@@ -1,7 +1,9 @@
 """tree: tokens per second of many branches on one prefix, beside Hugging Face on the same prompts.
 
-Hugging Face is given every advantage: its prefix is computed once and repeated for the batch outside the
-timing, so only decode steps are compared. Its `generate` on the same prompts would prefill each copy.
+Hugging Face is given every advantage: its prefix is computed once and repeated for the batch
+    outside the
+timing, so only decode steps are compared. Its `generate` on the same prompts would prefill each
+copy.
 Ours are the same steps: all branches of one `Engine.submit`, timed between token events.
 """
 
@@ -32,7 +34,9 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     ids = prompt_ids(engine.tokenizer, args.prefix)
     root = engine.prompt(ids)
     peer = _Peer(engine, ids) if args.hf_branches else None
-    rows: dict[int, dict[str, Any]] = {n: {"branches": n, "ours": [], "hf": []} for n in args.branches}
+    rows: dict[int, dict[str, Any]] = {
+        n: {"branches": n, "ours": [], "hf": []} for n in args.branches
+    }
     for _ in range(args.repeats):  # interleaved, so that a slow spell of the machine hits both
         for count in args.branches:
             rows[count]["ours"].append(_ours(engine, root, count, args.tokens))

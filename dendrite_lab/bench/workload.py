@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from dendrite_engine.models.tokenizer import Tokenizer
 
 _TEXT = (
-    "The keeper of the lighthouse wrote every evening into a book what he had seen: ships and their "
-    "flags, the weather, the birds, and now and then a thought about the light itself. "
+    "The keeper of the lighthouse wrote every evening into a book what he had seen: ships and "
+    "their flags, the weather, the birds, and now and then a thought about the light itself. "
 )
 
 

@@ -12,6 +12,7 @@ from dendrite_engine.cache import core_implementation, make_core
 from dendrite_engine.cache.formats import PAGE_FORMATS, PageShape
 from dendrite_engine.cache.pages import KVPages, PageGuard
 from dendrite_engine.config import EngineConfig, parse_bytes
+from dendrite_engine.decoding import Decoder
 from dendrite_engine.errors import InvalidArgument
 from dendrite_engine.loop import StepLoop
 from dendrite_engine.models.config import ModelConfig
@@ -39,6 +40,7 @@ class Parts:
     pages: KVPages
     guard: PageGuard | None
     runner: ModelRunner
+    decoder: Decoder
     loop: StepLoop
     max_context: int
     report: dict[str, str]
@@ -66,7 +68,7 @@ class Parts:
             bytes_saved=sum(max(refs - 1, 0) * n for refs, n in histogram.items()) * page_bytes,
             steps=self.runner.steps,
             tokens_computed=self.runner.rows,
-            tokens_generated=self.loop.tokens_generated,
+            tokens_generated=self.decoder.tokens_generated,
             step_ms_p50=self.loop.median_step_ms,
             step_ms_last=self.runner.last_ms,
             jobs_running=self.loop.jobs_running,
@@ -83,7 +85,9 @@ def build_parts(model: str | Path, config: EngineConfig) -> Parts:
     tokenizer = Tokenizer(path)
     max_context = min(config.max_context or model_config.max_context, model_config.max_context)
     shape = _page_shape(config, model_config, page_format)
-    transformer = Transformer.load(path, model_config, LinearFactory(deterministic=config.deterministic))
+    transformer = Transformer.load(
+        path, model_config, LinearFactory(deterministic=config.deterministic)
+    )
     transformer.set_max_positions(max_context)
     ops, attention = _kernels(config)
     core = make_core(
@@ -97,14 +101,31 @@ def build_parts(model: str | Path, config: EngineConfig) -> Parts:
     guard = PageGuard(pages) if config.debug else None
     trace = Trace()
     runner = ModelRunner(transformer, pages, attention, ops)
-    loop = StepLoop(
-        core, runner, Scheduler(config.max_batch_tokens, config.prefill_chunk),
-        Sampler(ops, model_config.vocab_size), tokenizer, trace,
-        eos_ids=model_config.eos_token_ids, max_context=max_context, seed=config.seed, guard=guard,
-    )  # fmt: skip
+    decoder = Decoder(
+        core,
+        Sampler(ops, model_config.vocab_size),
+        tokenizer,
+        trace,
+        eos_ids=model_config.eos_token_ids,
+        max_context=max_context,
+        seed=config.seed,
+    )
+    scheduler = Scheduler(config.max_batch_tokens, config.prefill_chunk)
+    loop = StepLoop(core, runner, scheduler, decoder, trace, guard)
     report = _report(config, core, ops, attention, transformer, pages)
     return Parts(
-        path, model_config, tokenizer, trace, core, pages, guard, runner, loop, max_context, report
+        path,
+        model_config,
+        tokenizer,
+        trace,
+        core,
+        pages,
+        guard,
+        runner,
+        decoder,
+        loop,
+        max_context,
+        report,
     )
 
 

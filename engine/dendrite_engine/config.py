@@ -84,7 +84,9 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         if self.page_size > 256 or self.page_size & (self.page_size - 1):
-            raise InvalidArgument(f"page_size must be a power of two in 1..256, got {self.page_size}")
+            raise InvalidArgument(
+                f"page_size must be a power of two in 1..256, got {self.page_size}"
+            )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InvalidArgument(f"seed must be an integer, got {self.seed!r}")
         parse_bytes(self.kv_budget)

@@ -41,8 +41,8 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 class Engine:
     """A language model whose unit of work is a tree of branches.
 
-    Make one with `Engine.from_pretrained`. All methods may be called from any thread; the model runs on
-    one thread of its own. Engines are independent of each other.
+    Make one with `Engine.from_pretrained`. All methods may be called from any thread; the model
+    runs on one thread of its own. Engines are independent of each other.
 
     Attributes:
         config: the settings.
@@ -80,8 +80,8 @@ class Engine:
         """Load a model and make its page pool.
 
         Args:
-            model: "smollm2-135m-instruct" (the built-in default, fetched once), a local Hugging Face
-                directory, or a hub id. Weights are read from safetensors only; code in a model
+            model: "smollm2-135m-instruct" (the built-in default, fetched once), a local Hugging
+                Face directory, or a hub id. Weights are read from safetensors only; code in a model
                 repository is never run.
             **options: fields of `EngineConfig`.
 
@@ -214,7 +214,11 @@ class Engine:
             InvalidArgument: k is not in 1..vocab_size.
             StaleBranch: a branch was pruned or belongs to another engine.
         """
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= self.model_config.vocab_size:
+        if (
+            not isinstance(k, int)
+            or isinstance(k, bool)
+            or not 1 <= k <= self.model_config.vocab_size
+        ):
             raise InvalidArgument(f"k must be in 1..{self.model_config.vocab_size}, got {k!r}")
         for branch in branches:
             self._check_own(branch)
@@ -238,7 +242,9 @@ class Engine:
         params: SamplingParams | None = None,
         **options: Any,
     ) -> SearchHandle:
-        """Start a search from `root` and return its handle at once; see `dendrite_engine.search`."""
+        """Start a search from `root` and return its handle at once; see
+        `dendrite_engine.search`.
+        """
         from dendrite_engine.search import start_search
 
         self._check_own(root)
@@ -341,7 +347,9 @@ class Engine:
         for row in rows:
             if not isinstance(row, SamplingParams):
                 raise InvalidArgument(f"params must be SamplingParams, got {type(row).__name__}")
-            bad = next((i for i in (*(row.logit_bias or ()), *row.stop_token_ids) if i >= vocab), None)
+            bad = next(
+                (i for i in (*(row.logit_bias or ()), *row.stop_token_ids) if i >= vocab), None
+            )
             if bad is not None:
                 raise InvalidArgument(
                     f"token id {bad} in logit_bias or stop_token_ids is outside the vocabulary of "
@@ -378,7 +386,8 @@ class Engine:
                 seen.add(branch.id)
                 if branch._busy:
                     raise InvalidArgument(
-                        f"branch {branch.id} is already generating; wait for its job, cancel it, or fork"
+                        f"branch {branch.id} is already generating; wait for its job, cancel it, "
+                        "or fork"
                     )
             for branch in job.branches:
                 branch._busy = True

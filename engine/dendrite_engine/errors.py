@@ -1,7 +1,7 @@
 """Every error that the engine raises on purpose.
 
-All derive from `DendriteError`; those about a bad argument also derive from `ValueError`. A message says
-what happened, gives the numbers, and says what to do.
+All derive from `DendriteError`; those about a bad argument also derive from `ValueError`. A message
+says what happened, gives the numbers, and says what to do.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ class Job:
 
         Raises:
             TimeoutError: not done within `timeout` seconds.
-            DendriteError: the job as a whole failed; a single branch's failure is in its Completion.
+            DendriteError: the job as a whole failed; a single branch's failure is in its
+                Completion.
         """
         if not self.wait(timeout):
             raise TimeoutError(f"the job was not done within {timeout} s")

@@ -13,7 +13,8 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Maps names to `"package.module:attribute"`, imported when first asked for.
 
-    Listing names costs nothing, so a heavy or missing optional dependency only shows when it is used.
+    Listing names costs nothing, so a heavy or missing optional dependency only shows when it is
+    used.
     """
 
     def __init__(self, what: str, entries: dict[str, str] | None = None) -> None:
@@ -39,8 +40,6 @@ class Registry(Generic[T]):
         """
         target = self._entries.get(name)
         if target is None:
-            raise UnknownName(
-                f"unknown {self._what} {name!r}; known: {', '.join(self.names())}"
-            )
+            raise UnknownName(f"unknown {self._what} {name!r}; known: {', '.join(self.names())}")
         module, _, attribute = target.partition(":")
         return cast("T", getattr(importlib.import_module(module), attribute))

@@ -17,9 +17,10 @@ MAX_LOGPROBS = 64
 class SamplingParams:
     """How the next token of a branch is chosen. Immutable; `replace` makes a changed copy.
 
-    Order of application: logit bias, repetition / presence / frequency penalties, temperature, top-k,
-    top-p on what is left, min-p, then one draw from a counter-based generator keyed by (seed, branch
-    path, position), so a result depends neither on the batch nor on timing.
+    Order of application: logit bias, repetition / presence / frequency penalties, temperature,
+        top-k,
+    top-p on what is left, min-p, then one draw from a counter-based generator keyed by (seed,
+    branch path, position), so a result depends neither on the batch nor on timing.
 
     Attributes:
         temperature: 0 picks the most likely token (ties: lowest id); > 0 divides the logits.

@@ -8,26 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dendrite_engine.sampling import SamplerState
-
 if TYPE_CHECKING:
     from dendrite_engine.jobs import Job
-    from dendrite_engine.models.tokenizer import StreamDecoder
     from dendrite_engine.tree.branch import Branch
 
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One branch of one running job.
+    """One branch of one running job; this base class only wants next-token logits.
 
     Attributes:
         job, index: the job and the branch's place in it.
         branch, handle: the branch.
         arrival: submission order, the last tie-breaker.
-        sampler: sampling state; None when only logits are wanted.
-        decoder: streaming detokeniser; None when only logits are wanted.
-        generated: tokens generated so far in this job.
-        tail: the last characters generated, for stop strings.
         last_served: step in which it last had rows in a forward pass.
     """
 
@@ -36,10 +29,6 @@ class Lane:
     branch: Branch
     handle: int
     arrival: int
-    sampler: SamplerState | None = None
-    decoder: StreamDecoder | None = None
-    generated: int = 0
-    tail: str = ""
     last_served: int = -1
 
 
@@ -63,9 +52,9 @@ class Selection:
 class Scheduler:
     """Continuous batching: decoding branches get one row each, prompts join in chunks.
 
-    Order: priority (higher first), then least recently served, then arrival; so no lane starves among
-    equals. While anything decodes, prompts get at most `prefill_chunk` rows of a step, which bounds how
-    long a step can make the others wait.
+    Order: priority (higher first), then least recently served, then arrival; so no lane starves
+    among equals. While anything decodes, prompts get at most `prefill_chunk` rows of a step, which
+    bounds how long a step can make the others wait.
     """
 
     def __init__(self, max_batch_tokens: int, prefill_chunk: int) -> None:

@@ -1,7 +1,7 @@
 """Append-only event log: the one record that live views, replay, exports and tests read.
 
-An event is never changed or removed, so a reader keeps a sequence number and asks for what came after
-it. Appending is O(1) and safe from any thread.
+An event is never changed or removed, so a reader keeps a sequence number and asks for what came
+after it. Appending is O(1) and safe from any thread.
 """
 
 from __future__ import annotations

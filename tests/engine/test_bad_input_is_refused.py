@@ -92,7 +92,7 @@ def test_pickled_weights_are_refused(tiny_model, tmp_path):
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ModelError, match="pytorch_model.bin"):
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin"):
         Engine.from_pretrained(tmp_path)
 
 

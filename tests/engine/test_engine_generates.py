@@ -82,9 +82,10 @@ def test_a_stop_string_may_span_tokens(make_engine):
     engine = make_engine()
     root = engine.prompt("abc")
     target = engine.tokenizer.encode("q;z")
-    bias = {token: 1000.0 for token in target}
+    bias = dict.fromkeys(target, 1000.0)
     (result,) = engine.complete(
-        [root], SamplingParams(temperature=1.0, logit_bias=bias, stop=["q;", ";z", "zq"], max_tokens=50)
+        [root],
+        SamplingParams(temperature=1.0, logit_bias=bias, stop=["q;", ";z", "zq"], max_tokens=50),
     )
     assert result.finish_reason == "stop"
     assert any(result.text.endswith(stop) for stop in ("q;", ";z", "zq"))
@@ -93,10 +94,9 @@ def test_a_stop_string_may_span_tokens(make_engine):
 def test_leaving_the_loop_cancels_and_the_branch_stays_usable(make_engine):
     engine = make_engine()
     branch = engine.prompt("cancel me")
-    for event in engine.generate([branch], FREE.replace(max_tokens=400)):
+    for _ in engine.generate([branch], FREE.replace(max_tokens=400)):
         if branch.num_tokens > 12:
             break
-    del event
     stream = engine.generate([branch.fork()[0]], FREE)
     next(stream)
     stream.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tiny_models import KINDS, reference_model
 
 TOLERANCE = 1e-4

@@ -15,7 +15,9 @@ def test_draws_are_a_pure_function_of_seed_path_and_position():
 
 def test_draws_are_uniform_over_seeds_paths_and_positions():
     for vary in range(3):
-        draws = np.array([uniform(*[i if axis == vary else 7 for axis in range(3)]) for i in range(20_000)])
+        draws = np.array(
+            [uniform(*[i if axis == vary else 7 for axis in range(3)]) for i in range(20_000)]
+        )
         assert draws.min() >= 0
         assert draws.max() < 1
         counts = np.histogram(draws, bins=20, range=(0, 1))[0]

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from dendrite_engine.errors import InvalidArgument, ModelError
 from dendrite_engine.models.tokenizer import Tokenizer
 
-SAMPLES = ["plain", "naïve café", "日本語のテキスト", "🙂👩‍👩‍👧‍👦 family", "mixed\tspaces\n\n end", "0123456789", "ا ب ت"]
+SAMPLES = [
+    "plain",
+    "naïve café",
+    "日本語のテキスト",
+    "🙂👩‍👩‍👧‍👦 family",
+    "mixed\tspaces\n\n end",
+    "0123456789",
+    "\u0627 \u0628 \u062a",
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,11 @@ def test_streamed_pieces_join_to_the_text_and_are_never_broken(tokenizer, text):
 def test_the_real_tokenizer_streams_the_same_way(smollm2, text):
     ids = smollm2.tokenizer.encode(text)
     stream = smollm2.tokenizer.stream()
-    assert "".join(stream.push(i) for i in ids) + stream.finish() == text == smollm2.tokenizer.decode(ids)
+    assert (
+        "".join(stream.push(i) for i in ids) + stream.finish()
+        == text
+        == smollm2.tokenizer.decode(ids)
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -63,14 +75,16 @@ def test_sentencepiece_style_vocabularies_decode_spaces_and_byte_fallback(tmp_pa
 
     vocab = {"<unk>": 0, "▁hi": 1, "▁there": 2, "<0xC3>": 3, "<0xA9>": 4}
     fast = Fast(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
-    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     fast.save(str(tmp_path / "tokenizer.json"))
     stream = Tokenizer(tmp_path).stream()
     assert [stream.push(i) for i in (1, 3, 4, 2)] == [" hi", "", "é", " there"]
 
 
 def test_a_directory_without_a_tokenizer_or_with_a_broken_one_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="tokenizer.json"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{]")
     with pytest.raises(ModelError, match="can't be read"):

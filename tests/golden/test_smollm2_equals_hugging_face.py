@@ -1,8 +1,8 @@
 """The real default model gives Hugging Face's greedy tokens, fp32, 50 prompts x 64 tokens.
 
 Each prompt and our 64 tokens go through Hugging Face in one pass; its most likely token at every
-position must be ours. By induction that is what its greedy `generate` would have produced; two prompts
-go through `generate` itself.
+position must be ours. By induction that is what its greedy `generate` would have produced; two
+prompts go through `generate` itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def completions(smollm2):
     """All 50 prompts in one job: continuous batching is part of what is checked."""
     roots = [smollm2.prompt(prompt) for prompt in PROMPTS]
     done = smollm2.complete(roots, GREEDY)
-    rows = [(root.token_ids[:-NEW_TOKENS], c.token_ids, c.logprobs) for root, c in zip(roots, done, strict=True)]
+    rows = [
+        (root.token_ids[:-NEW_TOKENS], c.token_ids, c.logprobs)
+        for root, c in zip(roots, done, strict=True)
+    ]
     for root in roots:
         root.prune()
     return rows
@@ -73,14 +76,19 @@ def test_tokenizer_and_chat_template_are_those_of_hugging_face(default_model, sm
     theirs = AutoTokenizer.from_pretrained(default_model)
     for prompt in PROMPTS:
         if isinstance(prompt, str):
-            assert smollm2.tokenizer.encode(prompt, add_special_tokens=True) == theirs(prompt).input_ids
+            assert (
+                smollm2.tokenizer.encode(prompt, add_special_tokens=True)
+                == theirs(prompt).input_ids
+            )
         else:
             text = theirs.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             assert smollm2.tokenizer.apply_chat_template(prompt) == text
 
 
 def test_forks_of_the_real_model_equal_linear_generation(smollm2):
-    """Shared pages, copies inside a page, neighbours: still the tokens of the sequence run alone."""
+    """Shared pages, copies inside a page, neighbours: still the tokens of the sequence run
+    alone.
+    """
     root = smollm2.prompt("The history of the lighthouse began when sailors asked for a light that")
     (trunk,) = smollm2.complete(root.fork(), SamplingParams(max_tokens=24, ignore_eos=True))
     base = root.num_tokens

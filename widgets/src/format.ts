@@ -35,7 +35,7 @@ export function percent(logprob: number): string {
 /** Text of a token with invisible characters made visible; for chips and lists, never for editing. */
 export function visibleToken(text: string): string {
   if (text === "") return "\u2205";
-  return text.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5").replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g, (c) =>
+  return text.replace(/^ +| +$/g, (s) => "\u2423".repeat(s.length)).replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5").replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g, (c) =>
     `\\u{${c.charCodeAt(0).toString(16)}}`,
   );
 }

@@ -10,7 +10,7 @@ export interface HeatStep {
 }
 
 export const HEAT_STEPS: readonly HeatStep[] = [
-  { from: 0.8, label: "p \u2265 0.8", alpha: 0 },
+  { from: 0.8, label: "\u2265 0.8", alpha: 0 },
   { from: 0.5, label: "0.5", alpha: 0.16 },
   { from: 0.2, label: "0.2", alpha: 0.34 },
   { from: 0.05, label: "0.05", alpha: 0.56 },

@@ -13,9 +13,9 @@ import torch
 class Plan(Protocol):
     """What one forward pass computes; made by the page-and-tree core, rows in depth-first order.
 
-    A node is a run of whole or partial pages that the rows [node_row_begin, node_row_end) read: KV of a
-    shared segment is one node for all branches below it. For each row its nodes come in increasing
-    position order and cover 0..positions[row] exactly once.
+    A node is a run of whole or partial pages that the rows [node_row_begin, node_row_end) read: KV
+    of a shared segment is one node for all branches below it. For each row its nodes come in
+    increasing position order and cover 0..positions[row] exactly once.
     """
 
     token_ids: np.ndarray  # i32 [T]

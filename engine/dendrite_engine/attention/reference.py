@@ -1,4 +1,4 @@
-"""Plain torch attention, one row at a time over its own flattened pages: the oracle of the others."""
+"""Plain torch attention over each branch's own flattened pages: the oracle of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tree attention by the engine's own kernels: KV of a shared segment is read once for all below it."""
+"""Tree attention: K/V of a shared segment are read once for all branches below it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from dendrite_engine.attention.base import AttentionBackend, ForwardBatch
 
 
 class TreeAttention(AttentionBackend):
-    """The engine's kernels: native SIMD, or their torch twins where the native module is missing."""
+    """The engine's kernels: native SIMD, or their torch twins where the native module is
+    missing.
+    """
 
     name = "tree"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidArgument
+from dendrite_engine.errors import InvalidArgument
 
 
 def as_array(name: str, value: object, dtype: str) -> npt.NDArray[np.generic]:
@@ -65,6 +65,4 @@ def check_range(name: str, value: int, low: int, high: int, why: str) -> None:
 def check_same_size(a: str, size_a: int, b: str, size_b: int) -> None:
     """Raise InvalidArgument unless two arrays have the same number of entries."""
     if size_a != size_b:
-        raise InvalidArgument(
-            f"{a} has {size_a} entries, {b} has {size_b}; they must be equal"
-        )
+        raise InvalidArgument(f"{a} has {size_a} entries, {b} has {size_b}; they must be equal")

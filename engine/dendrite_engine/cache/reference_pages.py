@@ -13,7 +13,8 @@ class PagePool:
     + pending copies that read it + 1 when it is in the prefix index.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, *, debug: bool) -> None:
+        self.debug = debug  # keep the event lists below
         self.refs = [0] * num_pages
         self.free = list(range(num_pages - 1, -1, -1))  # a stack; the last one is taken next
         self.retained: set[int] = set()  # stay cached when their segment dies
@@ -29,7 +30,8 @@ class PagePool:
         page = self.free.pop()
         self.refs[page] = 1
         self.num_taken += 1
-        self.taken.append(page)
+        if self.debug:
+            self.taken.append(page)
         return page
 
     def put_back(self, page: int) -> None:
@@ -37,19 +39,22 @@ class PagePool:
         self.retained.discard(page)
         self.sealed.discard(page)
         self.free.append(page)
-        self.freed.append(page)
+        if self.debug:
+            self.freed.append(page)
 
     def seal(self, page: int) -> None:
         """Note that every slot of the page is computed."""
         if page not in self.sealed:
             self.sealed.add(page)
-            self.newly_sealed.append(page)
+            if self.debug:
+                self.newly_sealed.append(page)
 
     def unseal(self, page: int) -> None:
         """Note that slots of the page are about to be written again."""
         if page in self.sealed:
             self.sealed.remove(page)
-            self.newly_unsealed.append(page)
+            if self.debug:
+                self.newly_unsealed.append(page)
 
 
 @dataclass

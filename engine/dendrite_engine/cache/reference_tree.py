@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..errors import OutOfPages
-from .reference_pages import PagePool, PrefixIndex
+from dendrite_engine.cache.reference_pages import PagePool, PrefixIndex
+from dendrite_engine.errors import OutOfPages
 
 
 @dataclass(eq=False)
@@ -60,10 +60,10 @@ class FlightItem:
 class SegmentTree:
     """Structure and growth of the tree; every method expects checked arguments."""
 
-    def __init__(self, num_pages: int, page_size: int, *, prefix_cache: bool) -> None:
+    def __init__(self, num_pages: int, page_size: int, *, prefix_cache: bool, debug: bool) -> None:
         self.page_size = page_size
         self.num_pages = num_pages
-        self.pool = PagePool(num_pages)
+        self.pool = PagePool(num_pages, debug=debug)
         self.index = PrefixIndex(self.pool, page_size, enabled=prefix_cache)
         self.segments: dict[int, Segment] = {}
         self.flights: dict[int, list[FlightItem]] = {}  # by plan id
@@ -88,13 +88,13 @@ class SegmentTree:
                 return s.pages[k - self.floor(s.start)]
         raise IndexError(k)
 
-    def tokens(self, tail: Segment, start: int) -> list[int]:
-        """Token ids of the chain from `start` on."""
+    def tokens(self, tail: Segment, start: int, stop: int) -> list[int]:
+        """Token ids of the chain at positions [start, stop)."""
         out: list[int] = []
         for s in tail.chain():
             if s.end <= start:
                 break
-            out = s.tokens[max(0, start - s.start) :] + out
+            out = s.tokens[max(0, start - s.start) : max(0, stop - s.start)] + out
         return out
 
     def owner(self, page: int) -> Segment | None:
@@ -209,8 +209,9 @@ class SegmentTree:
             return parent.pages + child.pages
         upper, lower = parent.pages[-1], child.pages[0]
         if child.pending_src >= 0:
-            # The copy may be on its way, or somebody else may read the source page.
-            if self.in_flight(child) or self.pool.refs[upper] != 2:
+            # The copy may be on its way, or somebody else may need either page as it is.
+            refs = self.pool.refs
+            if self.in_flight(child) or refs[upper] != 2 or refs[lower] != 1:
                 return None
             child.pending_src = -1
             self.drop_page(upper)
@@ -260,7 +261,12 @@ class SegmentTree:
         return pages
 
     def append(
-        self, tail: Segment, tokens: Sequence[int], logprobs: Sequence[float] | None, *, retain: bool
+        self,
+        tail: Segment,
+        tokens: Sequence[int],
+        logprobs: Sequence[float] | None,
+        *,
+        retain: bool,
     ) -> Segment:
         """Add tokens for one holder of `tail`; returns that holder's new tail."""
         if not tokens:
@@ -359,5 +365,5 @@ class SegmentTree:
                 continue
             if parent >= 0 and parent not in self.index.nodes:
                 continue
-            tokens = self.tokens(segment, k * self.page_size)[: self.page_size]
+            tokens = self.tokens(segment, k * self.page_size, (k + 1) * self.page_size)
             self.index.insert(page, segment.namespace, parent, tokens)

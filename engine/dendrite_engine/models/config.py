@@ -1,8 +1,9 @@
-"""What the engine needs to know about a decoder-only model, read from a Hugging Face config.json."""
+"""What the engine needs to know about a model, read from a Hugging Face config.json."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class ModelConfig:
     @property
     def scale(self) -> float:
         """Factor on q.k before softmax: 1 / sqrt(head_dim)."""
-        return float(self.head_dim) ** -0.5
+        return 1.0 / math.sqrt(self.head_dim)
 
     @property
     def num_parameters(self) -> int:

@@ -1,10 +1,10 @@
-"""Matrix products with weights packed once: torch's oneDNN path where it works, plain torch elsewhere.
+"""Matrix products with weights packed once.
 
-On CPU a decode step multiplies a few rows with every weight matrix. oneDNN's packed layout does that at
-memory speed for 1..16 rows (`dendrite-lab bench gemm`), where the plain call re-packs each time.
+On CPU a decode step multiplies a few rows with every weight matrix. oneDNN's packed layout does
+that at memory speed for 1..16 rows (`dendrite-lab bench gemm`); the plain call re-packs each time.
 
-It is also what makes results independent of the batch: for two or more rows oneDNN adds up the products
-of a row in an order that depends on the matrix alone, so a row's result is bitwise the same whatever
+It also makes results independent of the batch: for two or more rows oneDNN adds up the products of
+a row in an order that depends on the matrix alone, so a row's result is bitwise the same whatever
 stands beside it. A single row may take another path, so it is padded to two, which costs nothing.
 `deterministic` does not rely on that observation and runs fixed tiles of 16 rows.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 DETERMINISTIC_TILE = 16
 _PACK_ROWS = 16
@@ -23,7 +23,8 @@ _PACK_ROWS = 16
 class Linear(Protocol):
     """y = x W^T + b for x fp32 [rows, in_features] -> fp32 [rows, out_features]."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply the rows of x."""
 
 
 class PlainLinear:
@@ -34,7 +35,7 @@ class PlainLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x fp32 [rows, in] -> fp32 [rows, out]."""
-        return F.linear(x, self.weight, self.bias)
+        return functional.linear(x, self.weight, self.bias)
 
 
 class PackedLinear:
@@ -47,9 +48,10 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x fp32 [rows, in] -> fp32 [rows, out]."""
-        if x.shape[0] == 1:
-            return self._run(F.pad(x, (0, 0, 0, 1)), self.packed, self.bias, "none", [], "")[:1]
-        return self._run(x, self.packed, self.bias, "none", [], "")
+        rows = x.shape[0]
+        x = functional.pad(x, (0, 0, 0, 1)) if rows == 1 else x
+        y: torch.Tensor = self._run(x, self.packed, self.bias, "none", [], "")
+        return y[:rows]
 
 
 class TiledLinear:
@@ -61,7 +63,7 @@ class TiledLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x fp32 [rows, in] -> fp32 [rows, out]; rows are padded to whole tiles."""
         rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, -rows % self.tile))
+        padded = functional.pad(x, (0, 0, 0, -rows % self.tile))
         tiles = [self.inner(part) for part in padded.split(self.tile)]
         return torch.cat(tiles)[:rows] if len(tiles) > 1 else tiles[0][:rows]
 
@@ -81,7 +83,7 @@ class LinearFactory:
             self._probe()
 
     def _probe(self) -> None:
-        """Pack and multiply a small matrix: the operators are torch-internal, so trust only a run."""
+        """Multiply a small matrix: the operators are torch-internal, so only a run is proof."""
         if not torch.backends.mkldnn.is_available():
             self.reason = "this torch build has no oneDNN"
             return
@@ -91,7 +93,7 @@ class LinearFactory:
         except (RuntimeError, AttributeError, NotImplementedError) as error:
             self.reason = f"oneDNN packed linear failed: {str(error).splitlines()[0]}"
             return
-        if torch.equal(result, F.linear(x, weight)):
+        if torch.equal(result, functional.linear(x, weight)):
             self.name, self.reason = "onednn-packed", "weights are packed once at load"
         else:
             self.reason = "oneDNN packed linear gave a wrong result"

@@ -1,6 +1,7 @@
 """Rotary position embedding tables, in the variants that Llama, Mistral and Qwen3 checkpoints use.
 
-Sources: RoPE, Su et al. 2021 (arXiv 2104.09864); linear interpolation, Chen et al. 2023 (2306.15595);
+Sources: RoPE, Su et al. 2021 (arXiv 2104.09864); linear interpolation, Chen et al. 2023
+    (2306.15595);
 YaRN, Peng et al. 2023 (2309.00071); the "llama3" rule, as published with Llama 3.1.
 """
 

@@ -107,7 +107,9 @@ class StreamDecoder:
 
 
 class _TokenBytes:
-    """The bytes each token stands for, for byte-level BPE and for sentencepiece with byte fallback."""
+    """The bytes each token stands for, for byte-level BPE and for sentencepiece with byte
+    fallback.
+    """
 
     def __init__(self, fast: Any, added: Mapping[int, str]) -> None:
         self._fast, self._added = fast, added

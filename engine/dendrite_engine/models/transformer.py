@@ -55,7 +55,8 @@ class Transformer:
         """Read the weights of a model directory (safetensors only) as fp32.
 
         Raises:
-            ModelError: a file or tensor is missing, malformed, or has another shape than config.json.
+            ModelError: a file or tensor is missing, malformed, or has another shape than
+                config.json.
         """
         with WeightReader(directory) as reader:
             return cls(config, reader, linear)
@@ -116,7 +117,7 @@ def _norm(
     eps: float,
     out: torch.Tensor,
 ) -> None:
-    """residual += update (unless this is the first block), then out = RMSNorm(residual) * weight."""
+    """residual += update, if there is one; then out = RMSNorm(residual) * weight."""
     if update is None:
         ops.add_rms_norm(residual, None, weight, eps, out)
     else:
@@ -137,7 +138,11 @@ def _load_layer(
         return linear(weight, torch.cat([reader.get(f"{prefix}{n}.bias", out) for n, out in names]))
 
     def head_norm(name: str) -> torch.Tensor | None:
-        return reader.get(f"{prefix}self_attn.{name}.weight", config.head_dim) if config.qk_norm else None
+        return (
+            reader.get(f"{prefix}self_attn.{name}.weight", config.head_dim)
+            if config.qk_norm
+            else None
+        )
 
     qkv = [(f"self_attn.{n}_proj", q_out if n == "q" else kv_out) for n in "qkv"]
     return Layer(

@@ -57,7 +57,8 @@ class WeightReader:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
             self._handles.append(handle)
-            self._where.update(dict.fromkeys(handle.keys(), handle))
+            names: list[str] = list(handle.keys())
+            self._where.update(dict.fromkeys(names, handle))
         return self
 
     def __exit__(
@@ -81,5 +82,7 @@ class WeightReader:
         if tuple(tensor.shape) != shape:
             raise ModelError(f"{name} has shape {tuple(tensor.shape)}, config.json implies {shape}")
         if not tensor.is_floating_point():
-            raise ModelError(f"{name} has dtype {tensor.dtype}; quantised weights are not supported")
+            raise ModelError(
+                f"{name} has dtype {tensor.dtype}; quantised weights are not supported"
+            )
         return tensor.to(self._dtype)

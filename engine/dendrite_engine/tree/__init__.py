@@ -1,0 +1,1 @@
+"""Branches: handles to paths of the live tree."""

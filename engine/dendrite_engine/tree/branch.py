@@ -29,8 +29,8 @@ class LogitsRow(NamedTuple):
 class Branch:
     """A handle to one path of the live tree: its tokens, and their K/V in shared pages.
 
-    Made by `Engine.prompt` and `Branch.fork`, never directly. A branch lives until `prune`; the engine
-    keeps it until then, whether or not Python code still refers to it.
+    Made by `Engine.prompt` and `Branch.fork`, never directly. A branch lives until `prune`; the
+    engine keeps it until then, whether or not Python code still refers to it.
 
     Attributes:
         engine: the engine that owns it.
@@ -65,7 +65,7 @@ class Branch:
         self._handle = handle
         self.parent = parent
         self.id = engine._new_branch_id()
-        self.depth = 0 if parent is None else parent.depth + 1
+        self.depth: int = 0 if parent is None else parent.depth + 1
         self.fork_position = 0 if parent is None else self._core.num_tokens(handle)
         self.label = ""
         self._children: dict[int, Branch] | None = None
@@ -80,12 +80,13 @@ class Branch:
     def fork(self, n: int = 1, at: int | None = None) -> list[Branch]:
         """Make `n` children that share this branch's tokens and pages.
 
-        O(1) in context length: no page is taken and no byte copied. A child that later diverges inside a
-        page copies that one page.
+        O(1) in context length: no page is taken and no byte copied. A child that later diverges
+        inside a page copies that one page.
 
         Args:
             n: number of children, at least 1.
-            at: fork after this many tokens instead of at the end: 1..num_tokens. O(pages of one segment).
+            at: fork after this many tokens instead of at the end: 1..num_tokens. O(pages of one
+                segment).
 
         Raises:
             StaleBranch: this branch was pruned.
@@ -95,7 +96,9 @@ class Branch:
         if n == 1 and at is None and n is not True:
             return [self._fork_at_end()]
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_FORKS_PER_CALL:
-            raise InvalidArgument(f"fork: n must be an integer in 1..{MAX_FORKS_PER_CALL}, got {n!r}")
+            raise InvalidArgument(
+                f"fork: n must be an integer in 1..{MAX_FORKS_PER_CALL}, got {n!r}"
+            )
         if at is None:
             return [self._fork_at_end() for _ in range(n)]
         self._check_alive()
@@ -111,7 +114,8 @@ class Branch:
 
         Raises:
             StaleBranch: this branch was pruned.
-            InvalidArgument: nothing to append, an id outside the vocabulary, or the branch is generating.
+            InvalidArgument: nothing to append, an id outside the vocabulary, or the branch is
+                generating.
             ContextTooLong: the model's context would be exceeded.
             OutOfPages: the pool can't hold them; nothing was changed.
         """
@@ -209,10 +213,13 @@ class Branch:
 
     @property
     def logprobs(self) -> list[float | None]:
-        """One entry per token: its log-probability when it was generated, None when it was given."""
+        """One entry per token: its log-probability when it was generated, None when it was
+        given.
+        """
         self._check_alive()
         return [
-            None if math.isnan(value) else float(value) for value in self._core.logprobs(self._handle)
+            None if math.isnan(value) else float(value)
+            for value in self._core.logprobs(self._handle)
         ]
 
     @property
@@ -268,7 +275,9 @@ class Branch:
     # -- inside -------------------------------------------------------------------------------
 
     def _fork_at_end(self) -> Branch:
-        """The O(1) path; written out because it is called hundreds of thousands of times a second."""
+        """The O(1) path; written out because it is called hundreds of thousands of times a
+        second.
+        """
         engine = self.engine
         try:
             handle = self._core.fork(self._handle)
@@ -335,7 +344,8 @@ class Branch:
         self._check_alive()
         if self._busy:
             raise InvalidArgument(
-                f"{verb}: branch {self.id} is generating; cancel its job, or fork it and work on the fork"
+                f"{verb}: branch {self.id} is generating; cancel its job, or fork it and work on "
+                "the fork"
             )
 
     def _stale(self) -> StaleBranch:
