@@ -20,19 +20,24 @@ TITLES = {
     "search": "Search: MCTS against greedy and best-of-N",
     "gemm": "Matrix products of a decode step",
 }
-INTRODUCTION = """Made by `python benchmarks/make_report.py` from the reports in `benchmarks/results/`;
-each section names the command that measured it. Values are medians (min .. max).
+INTRODUCTION = """\
+Made by `python benchmarks/make_report.py` from the reports in `benchmarks/results/`; each section
+names the command that measured it. Values are medians (min .. max).
 """
 NOTES = {
-    "fork": """`fork_us` is one `Branch.fork(1)` from Python; `fork_500_ms` is `Branch.fork(500)`;
-`core_fork_prune_ns` is the native pair without the Python handle. Peers copy or mark every token.""",
+    "fork": """\
+`fork_us` is one `Branch.fork(1)` from Python; `fork_500_ms` is `Branch.fork(500)`;
+`core_fork_prune_ns` is the native pair without the Python handle. Peers copy or mark every
+token.""",
     "memory": "`pages_if_copied` is what the same branches would hold without sharing.",
-    "tree": """Decode steps only. Hugging Face gets its prefix cache for free: computed once, repeated
-for the batch outside the timing.""",
-    "first-token": """`at_end_ms`: fork at the end of a prefix whose logits are kept, no forward pass
-needed. `inside_ms`: fork 7 tokens before the end; one row is recomputed for all children together.
-`decode_step_ms`: one step of the same number of branches.""",
-    "gemm": """SmolLM2-135M's matrices, fp32: weights packed once, and plain `torch` calls.""",
+    "tree": """\
+Decode steps only. Hugging Face gets its prefix cache for free: computed once, repeated for the
+batch outside the timing.""",
+    "first-token": """\
+`at_end_ms`: fork at the end of a prefix whose logits are kept, no forward pass needed. `inside_ms`:
+fork 7 tokens before the end; one row is recomputed for all children together. `decode_step_ms`: one
+step of the same number of branches.""",
+    "gemm": "SmolLM2-135M's matrices, fp32: weights packed once, and plain `torch` calls.",
 }
 
 

@@ -23,13 +23,13 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args(list(argv))
     engine = make_engine(args.model, 2 * max(args.prefixes) + max(args.forks) * 64)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for prefix in args.prefixes:
         root = engine.prompt(prompt_ids(engine.tokenizer, prefix - 3))
-        for count in args.forks:
-            rows.append(
-                {"prefix": prefix, "forks": count, **_case(engine, root, count, args.repeats)}
-            )
+        rows += [
+            {"prefix": prefix, "forks": count, **_case(engine, root, count, args.repeats)}
+            for count in args.forks
+        ]
         root.prune()
     engine.close()
     return measure.report("first-token", argv, rows)

@@ -234,6 +234,12 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
         hub.resolve_model(name)
 
 
+@pytest.mark.parametrize("name", ["org/na..me", "org/x--y", "org/.git", "a" * 200 + "/b"])
+def test_a_name_that_no_hub_model_can_have_is_refused_offline(name):
+    with pytest.raises(ModelError, match="not a hub id"):
+        hub.resolve_model(name)
+
+
 def test_a_file_is_not_a_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="is a file"):

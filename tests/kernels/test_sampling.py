@@ -64,7 +64,7 @@ def survivors(logits, batch, row):
 
 
 def check(ops, logits, batch):
-    """Every draw is the oracle's, or its neighbour where `uniform` is within rounding of an edge."""
+    """Every draw is the oracle's, or its neighbour when `uniform` is within rounding of an edge."""
     tokens, logprobs = ops.sample(torch.from_numpy(logits), batch)
     assert tokens.dtype == np.int32
     assert logprobs.dtype == np.float32

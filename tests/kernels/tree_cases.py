@@ -1,8 +1,9 @@
 """Random trees of segments with their pages, plan and a dense float64 answer for every row.
 
-A segment owns the positions [start, start + length); the pages it lists begin at the page that holds
-`start`, whose earlier slots are copies of its ancestors' tokens. The last `new` tokens of a segment are
-rows of the plan. Everything that no row may read is NaN: unused pages and the slots behind the last token.
+A segment owns the positions [start, start + length); the pages it lists begin at the page that
+holds `start`, whose earlier slots are copies of its ancestors' tokens. The last `new` tokens of a
+segment are rows of the plan. Everything that no row may read is NaN: unused pages and the slots
+behind the last token.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ class TreeCase:
 
 
 def random_segments(seed: int, count: int = 12, longest: int = 70) -> list[Segment]:
-    """A random forest of one or two roots; segments of 1 .. longest tokens, about half with rows."""
+    """A random forest; segments of 1 .. longest tokens, about half of them with rows."""
     rng = np.random.default_rng(seed)
     segments = [Segment(None, 0, int(rng.integers(1, 3 * longest)), 0)]
     for _ in range(count - 1):

@@ -122,6 +122,8 @@ def _snapshot(
             f"the hub has no model {repository!r} at revision {revision or 'main'!r} that you may "
             "read; for a gated or private one log in with `hf auth login`"
         ) from error
+    except errors.HFValidationError as error:
+        raise ModelError(f"{repository!r} is not a hub id: {error}") from error
     except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         said = str(error).strip().splitlines()
         raise DownloadError(
