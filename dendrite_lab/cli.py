@@ -30,10 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         `--debug` the traceback too), 130 after Ctrl-C.
     """
     parser = build_parser()
-    arguments, arguments.rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
     command: Command = arguments.command
-    if arguments.rest and command is not run_bench:
-        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+    if rest and command is not run_bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         return command(arguments)
     except DendriteError as error:

@@ -154,7 +154,7 @@ def _hugging_face_rows(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     rows = []
     pairs = list(zip(prompts, actual, PROMPTS, strict=False))
     for ids, ours, prompt in _bar(pairs, "transformers", progress):

@@ -174,7 +174,10 @@ class StepLoop:
             self._end(lane, "stale", StaleBranch(f"branch {lane.branch.id} was pruned"))
         if not selection.lanes:
             return
-        plan = self._core.plan(selection.handles, selection.quotas)
+        try:
+            plan = self._core.plan(selection.handles, selection.quotas)
+        except StaleBranch:
+            return  # pruned since it was chosen: the next step ends its lane
         if plan.num_tokens == 0:
             plan.cancel()
             return
@@ -259,12 +262,12 @@ class StepLoop:
     def _guard_before(self) -> None:
         if self._guard is not None:
             taken, freed, _ = self._core.debug_events()
-            self._guard.before_step(taken, freed)
+            self._guard.before_step(taken, freed, self._core.debug_unsealed())
 
     def _guard_after(self) -> None:
         if self._guard is not None:
             taken, freed, sealed = self._core.debug_events()
             # Pages that changed hands while the step ran were not written by it for their new
             # holder.
-            self._guard.before_step(taken, freed)
+            self._guard.before_step(taken, freed, [])
             self._guard.after_step([page for page in sealed if page not in {*taken, *freed}])

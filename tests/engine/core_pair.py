@@ -159,4 +159,3 @@ class CorePair:
         for branch in self.live:
             held.update({page for s in self.native.segments(branch) for page in s[4]})
         return held
-

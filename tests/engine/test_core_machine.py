@@ -66,9 +66,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.pair.make("fork_at", branch, at % (tokens + 2))
 
     @rule(index=picks, drawn=runs, retain=st.booleans(), scored=st.booleans())
-    def append(
-        self, index: int, drawn: list[tuple[int, str]], retain: bool, scored: bool
-    ) -> None:
+    def append(self, index: int, drawn: list[tuple[int, str]], retain: bool, scored: bool) -> None:
         tokens = self.tokens(drawn[:2])
         logprobs = [-i / 8 for i in range(len(tokens))] if scored else None
         self.pair.call("append", self.pick(index), tokens, logprobs, retain)

@@ -365,3 +365,52 @@ def test_reported_alternatives_come_with_each_token(make_engine):
         assert len(event.top) == 4
         assert event.top[0].token_id == event.token_id
         assert event.top[0].logprob == pytest.approx(event.logprob, abs=1e-5)
+
+
+def test_pruning_between_choosing_and_planning_ends_that_branch_only(make_engine, monkeypatch):
+    engine = make_engine()
+    a, b = engine.prompt("race").fork(2)
+    a.extend("x")
+    b.extend("y")
+    scheduler = engine._loop._scheduler
+    choose = scheduler.next_batch
+
+    def choose_then_prune(lanes, core):
+        selection = choose(lanes, core)
+        a.prune()
+        return selection
+
+    monkeypatch.setattr(scheduler, "next_batch", choose_then_prune)
+    first, second = engine.complete([a, b], FREE)
+    assert first.finish_reason == "stale"
+    assert second.finish_reason == "length"
+
+
+def test_threads_that_fork_and_prune_while_the_model_runs_break_nothing(make_engine):
+    engine = make_engine(num_pages=2000)
+    root = engine.prompt("many hands make light work, or so they say")
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for i in range(15):
+                fork = root.fork()[0]
+                inner = fork.fork(at=3 + (seed * 7 + i) % 30)[0]
+                inner.extend(f"{seed}-{i}")
+                job = engine.submit([fork, inner], FREE.replace(max_tokens=5))
+                extra = inner.fork(2)
+                fork.prune()
+                job.result(timeout=120)
+                for branch in (inner, *extra):
+                    branch.prune()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+    assert failures == []
+    engine.check_integrity()
+    assert [branch.id for branch in engine.branches] == [root.id]

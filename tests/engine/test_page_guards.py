@@ -42,6 +42,17 @@ def test_a_full_page_that_changes_is_named(make_engine):
     engine.check_integrity()
 
 
+def test_a_page_that_a_rollback_opened_again_may_change(make_engine):
+    engine = make_engine(debug=True, page_size=4)
+    branch = engine.prompt("0123456789")
+    branch.rollback(5)
+    branch.extend("abcdef")
+    engine.complete([branch], SAMPLED)
+    branch.rollback(7)
+    engine.complete([branch], SAMPLED)
+    engine.check_integrity()
+
+
 def test_reading_a_slot_that_nobody_wrote_ends_the_branch(make_engine):
     engine = make_engine(debug=True, page_size=4)
     branch = engine.prompt("0123456789")

@@ -63,9 +63,11 @@ class PageGuard:
         self._checksums: dict[int, int] = {}
         pages.poison(list(range(pages.shape.num_pages)))
 
-    def before_step(self, taken: list[int], freed: list[int]) -> None:
-        """Poison pages that changed hands since the last step; forget their checksums."""
-        for page_id in (*taken, *freed):
+    def before_step(self, taken: list[int], freed: list[int], unsealed: list[int]) -> None:
+        """Poison pages that changed hands since the last step; stop watching those that a rollback
+        opened for writing again.
+        """
+        for page_id in (*taken, *freed, *unsealed):
             self._checksums.pop(page_id, None)
         self._pages.poison([*taken, *freed])
 
