@@ -7,7 +7,7 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,19 @@ from dendrite_engine.config import EngineConfig
 from dendrite_engine.errors import (
     BudgetExceeded,
     ContextTooLong,
-    EmptyPrompt,
     InvalidArgument,
     StaleBranch,
 )
 from dendrite_engine.jobs import EventCallback, Job
+from dendrite_engine.requests import (
+    Params,
+    Prompt,
+    check_params,
+    check_tokens,
+    drain,
+    encode_prompt,
+    wait_for,
+)
 from dendrite_engine.sampling_params import SamplingParams
 from dendrite_engine.trace import Trace
 from dendrite_engine.tree.branch import Branch
@@ -33,9 +41,6 @@ if TYPE_CHECKING:
     from dendrite_engine.search.handle import SearchHandle
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class Engine:
@@ -113,7 +118,7 @@ class Engine:
             EmptyPrompt, ContextTooLong, InvalidArgument: the prompt can't be used.
             OutOfPages: the pool can't hold it; nothing was changed.
         """
-        ids = self._encode_prompt(prompt)
+        ids = self._check_tokens(encode_prompt(prompt, self.tokenizer), 0)
         self._check_branch_budget()
         handle, cached = self.core.create(ids, namespace)
         branch = Branch(self, handle)
@@ -130,6 +135,17 @@ class Engine:
     def branches(self) -> list[Branch]:
         """Every live branch, oldest first."""
         return [branch for _, branch in sorted(self._branches.copy().items())]
+
+    def branch(self, branch_id: int) -> Branch:
+        """The live branch of this id.
+
+        Raises:
+            StaleBranch: it was pruned, or there never was one.
+        """
+        branch = self._branches.get(branch_id)
+        if branch is None:
+            raise StaleBranch(f"no live branch has id {branch_id!r}")
+        return branch
 
     def prune_all(self) -> int:
         """Prune every live branch; returns the pages freed."""
@@ -158,7 +174,7 @@ class Engine:
             InvalidArgument: a branch is listed twice or already generating, or params do not match.
         """
         targets = [branches] if isinstance(branches, Branch) else list(branches)
-        rows = self._check_params(params, len(targets))
+        rows = check_params(params, len(targets), self.model_config.vocab_size)
         for branch in targets:
             self._check_own(branch)
             if branch.num_tokens >= self.max_context:
@@ -180,7 +196,7 @@ class Engine:
         events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
         job = self.submit(branches, params, on_event=events.put, priority=priority)
         job.add_done_callback(lambda _: events.put(None))
-        return _drain(job, events)
+        return drain(job, events)
 
     async def agenerate(
         self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0
@@ -205,7 +221,7 @@ class Engine:
         self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0
     ) -> list[Completion]:
         """Generate on `branches`, wait, and return what each produced; see `submit`."""
-        return _wait(self.submit(branches, params, priority=priority))
+        return wait_for(self.submit(branches, params, priority=priority))
 
     def top_tokens(self, branches: Sequence[Branch], k: int) -> list[list[TokenAlternative]]:
         """The `k` most likely next tokens of each branch, most likely first; one forward at most.
@@ -312,23 +328,8 @@ class Engine:
             )
 
     def _check_tokens(self, token_ids: Sequence[int], held: int) -> list[int]:
-        """Ids as a list, all inside the vocabulary, and not more than the context can hold."""
-        vocab = self.model_config.vocab_size
-        ids = [int(token) for token in token_ids]
-        if not ids:
-            raise EmptyPrompt("no tokens given: at least one is needed")
-        bad = next((token for token in ids if not 0 <= token < vocab), None)
-        if bad is not None:
-            raise InvalidArgument(f"token id {bad} is outside the vocabulary of {vocab}")
-        total = held + len(ids)
-        if total > self.max_context:
-            raise ContextTooLong(
-                f"{len(ids)} tokens on top of {held} make {total}, more than the context of "
-                f"{self.max_context}",
-                num_tokens=total,
-                max_context=self.max_context,
-            )
-        return ids
+        """Ids as a list, inside the vocabulary and within the context."""
+        return check_tokens(token_ids, held, self.model_config.vocab_size, self.max_context)
 
     def _check_own(self, branch: Branch) -> None:
         if not isinstance(branch, Branch):
@@ -337,42 +338,10 @@ class Engine:
             raise StaleBranch(f"branch {branch.id} belongs to another engine")
         branch._check_alive()
 
-    def _check_params(self, params: Params, count: int) -> list[SamplingParams]:
-        if params is None:
-            params = SamplingParams()
-        rows = [params] * count if isinstance(params, SamplingParams) else list(params)
-        if len(rows) != count:
-            raise InvalidArgument(f"{count} branches but {len(rows)} SamplingParams")
-        vocab = self.model_config.vocab_size
-        for row in rows:
-            if not isinstance(row, SamplingParams):
-                raise InvalidArgument(f"params must be SamplingParams, got {type(row).__name__}")
-            bad = next(
-                (i for i in (*(row.logit_bias or ()), *row.stop_token_ids) if i >= vocab), None
-            )
-            if bad is not None:
-                raise InvalidArgument(
-                    f"token id {bad} in logit_bias or stop_token_ids is outside the vocabulary of "
-                    f"{vocab}"
-                )
-        return rows
-
-    def _encode_prompt(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            ids: Sequence[int] = self.tokenizer.encode(prompt, add_special_tokens=True)
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            text = self.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
-            ids = self.tokenizer.encode(text)
-        else:
-            ids = prompt  # type: ignore[assignment]
-        if not len(ids):
-            raise EmptyPrompt("the prompt has no tokens; give it at least one")
-        return self._check_tokens(ids, 0)
-
     def _compute(self, branches: Sequence[Branch], *, priority: int = 0, top_k: int = 0) -> Job:
         """Make next-token logits available for `branches` and wait."""
         job = self._start(Job(branches, None, priority=priority, top_k=top_k))
-        for completion in _wait(job):
+        for completion in wait_for(job):
             if completion.error is not None:
                 raise completion.error
         return job
@@ -398,20 +367,3 @@ class Engine:
                 branch._busy = False
             raise
         return job
-
-
-def _wait(job: Job) -> list[Completion]:
-    try:
-        return job.result()
-    except BaseException:
-        job.cancel()
-        raise
-
-
-def _drain(job: Job, events: queue.SimpleQueue[TokenEvent | None]) -> Iterator[TokenEvent]:
-    try:
-        while (event := events.get()) is not None:
-            yield event
-        job.result()
-    finally:
-        job.cancel()

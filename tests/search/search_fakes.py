@@ -1,7 +1,7 @@
 """A deterministic engine of a few lines: a Markov chain instead of a model, page books, a call log.
 
-Same API as the real engine as far as search uses it (see `Engine`, `Branch`). Pages are counted as the
-real core does: shared by forks, copied when a fork writes into a shared partial page.
+Same API as the real engine as far as search uses it (see `Engine`, `Branch`). Pages are counted as
+the real core does: shared by forks, copied when a fork writes into a shared partial page.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class FakeBranch:
         self.depth = 0 if parent is None else parent.depth + 1
         self.fork_position = 0 if parent is None else len(tokens)
         self.forks = itertools.count()
-        self.key: tuple[int, ...] = () if parent is None else (*parent.key, next(parent.forks))
+        # an int where a search has set it
+        self._key: object = () if parent is None else (parent._key, next(parent.forks))
         self._tokens = tokens
         self._logprobs: list[float | None] = [None] * len(tokens)
         self._pages: list[int] = []
@@ -277,7 +278,7 @@ class FakeEngine:
             return token, logprobs[token]
         weights = [math.exp(x / params.temperature) for x in logprobs]
         seed = self.config.seed if params.seed is None else params.seed
-        u = unit(seed, branch.key, branch.num_tokens) * math.fsum(weights)
+        u = unit(seed, branch._key, branch.num_tokens) * math.fsum(weights)
         for token, edge in enumerate(itertools.accumulate(weights)):
             if u < edge:
                 return token, logprobs[token]

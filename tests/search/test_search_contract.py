@@ -249,7 +249,7 @@ def test_branches_extended_or_rolled_back_by_somebody_else_do_not_mislead_the_se
         on_event=vandal,
     )
     handle.wait(60)
-    tree = handle._session.state.tree
+    tree = handle.tree
     for node in tree.nodes[1:]:
         assert node.start == node.parent.span[1]
         for token, logprob in zip(node.token_ids, node.logprobs, strict=True):

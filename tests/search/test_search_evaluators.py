@@ -60,7 +60,9 @@ def test_keyword_coverage_is_the_share_of_words_written_by_the_search(branches):
     assert bind(keyword_coverage(["w4", "W5", "w6"]), root)(forks) == pytest.approx(
         [1 / 3, 2 / 3, 1]
     )
-    assert bind(keyword_coverage(["w1", "w4"]), root)(forks) == [0.5] * 3, "the prompt does not count"
+    assert bind(keyword_coverage(["w1", "w4"]), root)(forks) == [0.5] * 3, (
+        "the prompt does not count"
+    )
     assert bind(keyword_coverage(["W5"], ignore_case=False), root)(forks) == [0.0] * 3
 
 
@@ -241,7 +243,7 @@ def test_an_evaluator_may_use_the_engine(engine):
             fork.prune()
         return [math.exp(row[0].logprob) for row in top]
 
-    start_search(
-        engine, root, "mcts", Budget(iterations=8), evaluator=by_greedy_continuation
-    ).wait(60).prune()
+    start_search(engine, root, "mcts", Budget(iterations=8), evaluator=by_greedy_continuation).wait(
+        60
+    ).prune()
     assert engine.branches == [root]

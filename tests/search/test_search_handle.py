@@ -295,7 +295,7 @@ def test_a_narrower_width_stops_expanding(engine, root):
     handle.set(width=1)
     handle.resume()
     handle.wait(WAIT)
-    nodes = handle._session.state.tree.nodes
+    nodes = handle.tree.nodes
     assert all(len(node.children) <= 1 for node in nodes if node.id > 6)
 
 
@@ -313,7 +313,7 @@ def test_exploration_changes_which_child_is_visited(engine, root):
         handle.set(exploration=exploration)
         handle.resume()
         handle.wait(WAIT)
-        visits = [c.visits for c in handle._session.state.tree.root.children]
+        visits = [c.visits for c in handle.tree.root.children]
         return max(visits) / sum(visits)
 
     assert first(0.0) > first(5.0)
@@ -343,7 +343,7 @@ def test_a_pruned_branch_takes_its_subtree_out_of_the_search(engine, root):
     handle = start(engine, root, Budget(iterations=60), paused=True)
     handle.step(15)
     assert handle.wait_paused(WAIT)
-    node = max(handle._session.state.tree.root.children, key=lambda n: n.visits)
+    node = max(handle.tree.root.children, key=lambda n: n.visits)
     inside = [n.branch for n in node.subtree()]
     assert len(inside) > 1
     visits = node.visits
@@ -362,9 +362,9 @@ def test_a_boosted_branch_is_visited_and_a_pinned_one_kept(engine, root):
     handle = start(engine, root, Budget(iterations=60), paused=True)
     handle.step(4)
     assert handle.wait_paused(WAIT)
-    low = min(handle._session.state.tree.root.children, key=lambda n: n.value)
+    low = min(handle.tree.root.children, key=lambda n: n.value)
     loser = max(
-        handle._session.state.tree.nodes[1:], key=lambda n: (n.parent is not low, -n.value, n.id)
+        handle.tree.nodes[1:], key=lambda n: (n.parent is not low, -n.value, n.id)
     )
     before = low.visits
     assert handle.boost(low.branch, 100.0)
@@ -381,7 +381,7 @@ def test_steering_is_logged(engine, root):
     handle = start(engine, root, paused=True)
     handle.step()
     assert handle.wait_paused(WAIT)
-    node = handle._session.state.tree.nodes[1]
+    node = handle.tree.nodes[1]
     branch_id = node.branch_id
     handle.boost(branch_id, 0.25)
     handle.pin(branch_id)
@@ -512,7 +512,9 @@ def test_a_broken_evaluator_fails_the_search_and_prunes_its_branches(engine, roo
     assert handle.state == "failed"
     assert engine.branches == [root]
     engine.check_integrity()
-    assert "my bug" in next(e for e in engine.trace if e.data.get("state") == "failed").data["error"]
+    assert (
+        "my bug" in next(e for e in engine.trace if e.data.get("state") == "failed").data["error"]
+    )
 
 
 @pytest.mark.parametrize("algorithm", [MCTS(tokens_per_node=3), BeamSearch(width=3)])

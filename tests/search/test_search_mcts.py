@@ -180,7 +180,7 @@ def test_top_k_expansion_begins_children_with_the_likeliest_tokens_in_order():
     )
     handle.wait(60)
     top = engine.top_tokens([root], 3)[0]
-    nodes = handle._session.state.tree.root.children
+    nodes = handle.tree.root.children
     assert [n.token_ids[0] for n in nodes] == [t.token_id for t in top]
     assert [n.logprobs[0] for n in nodes] == [t.logprob for t in top]
     assert all(len(n.token_ids) == 4 for n in nodes)
@@ -332,7 +332,7 @@ def test_texts_that_end_are_terminal_and_say_why():
         engine, root, MCTS(stop=("w4",), tokens_per_node=4, max_depth=2), Budget(iterations=40)
     )
     handle.wait(60)
-    nodes = handle._session.state.tree.nodes[1:]
+    nodes = handle.tree.nodes[1:]
     reasons = {n.finish_reason for n in nodes}
     assert {"eos", "stop"} <= reasons
     for node in nodes:
@@ -345,15 +345,36 @@ def test_texts_that_end_are_terminal_and_say_why():
     assert all(n.status == "terminal" for n in nodes if n.depth == 2)
 
 
-def test_a_seed_gives_every_attempt_its_own_seed_by_path():
+def test_a_seed_gives_every_attempt_its_own_key_by_path():
     search = MCTS(seed=7, parallel=1)
     state = run_by_hand(search, 30, bandit)
-    seeds = {search.node_seed(n, i) for n in state.tree.nodes for i in range(3)}
-    assert len(seeds) == 3 * len(state.tree.nodes)
+    keys = {search.node_key(n, i) for n in state.tree.nodes for i in range(3)}
+    assert len(keys) == 3 * len(state.tree.nodes)
     again = run_by_hand(search, 30, bandit)
-    assert [search.node_seed(n, 0) for n in again.tree.nodes] == [
-        search.node_seed(n, 0) for n in state.tree.nodes
+    assert [search.node_key(n, 0) for n in again.tree.nodes] == [
+        search.node_key(n, 0) for n in state.tree.nodes
     ]
+
+
+def test_a_seeded_search_repeats_on_the_same_root_and_an_unseeded_one_goes_on_drawing():
+    engine = FakeEngine(9, eos=0.0)
+    root = engine.prompt([1, 2, 3])
+
+    def texts(seed):
+        handle = start_search(
+            engine,
+            root,
+            MCTS(seed=seed, tokens_per_node=4, rollout_tokens=3),
+            Budget(iterations=30),
+        )
+        handle.wait(60).prune()
+        return [(n.token_ids, n.visits, n.value) for n in handle.tree.nodes]
+
+    first = texts(11)
+    texts(None)
+    assert texts(11) == first
+    assert texts(12) != first
+    assert texts(None) != texts(None)
 
 
 def test_a_value_outside_0_to_1_is_refused_with_a_way_out():

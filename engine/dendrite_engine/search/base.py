@@ -1,9 +1,9 @@
 """The ask/tell contract that every search algorithm fulfils.
 
-An algorithm is a frozen dataclass of options; all that changes lives in a `State`. `ask` says what to try
-next, `tell` takes what came of it, both in batches. Algorithms see nodes, trials and outcomes: forking,
-decoding and evaluating is the runner's work (`driver.py`), so an algorithm can be tested, replayed and
-checkpointed without a model.
+An algorithm is a frozen dataclass of options; all that changes lives in a `State`. `ask` says what
+to try next, `tell` takes what came of it, both in batches. Algorithms see nodes, trials and
+outcomes: forking, decoding and evaluating is the runner's work (`driver.py`), so an algorithm can
+be tested, replayed and checkpointed without a model.
 
     state = search.init(root)
     while not search.done(state):
@@ -55,6 +55,8 @@ class Trial:
         alternative: begin the child with the alternative of this rank, `None` to sample (`expand`).
         rollout: sampling of a continuation that is evaluated in the child's place and then pruned.
         k: alternatives wanted (`look`, and `expand` with an `alternative`).
+        key: key of the child's draws; `None` leaves it to the engine, which counts forks
+            (`expand`).
     """
 
     id: int
@@ -65,6 +67,7 @@ class Trial:
     alternative: int | None = None
     rollout: SamplingParams | None = None
     k: int = 0
+    key: int | None = None
 
 
 @dataclass(slots=True)
@@ -129,13 +132,13 @@ S = TypeVar("S", bound=State)
 class Search(ABC, Generic[S]):
     """Base of all algorithms: options only, so one object can drive many searches.
 
-    A subclass is a frozen dataclass that checks its own options in `__post_init__` (calling this one's)
-    and fulfils `init`, `ask`, `tell`, `best` and `plan`. A line in `search.SEARCHES` makes it known by
-    name; `tests/search/test_contract.py` then runs the shared contract tests on it.
+    A subclass is a frozen dataclass that checks its own options in `__post_init__` (calling this
+    one's) and fulfils `init`, `ask`, `tell`, `best` and `plan`. A line in `search.SEARCHES` makes
+    it known by name; `tests/search/test_contract.py` then runs the shared contract tests on it.
 
     Args:
-        seed: makes the sampled children repeatable whatever ran before in the engine; `None` leaves
-            them to the engine's own seed and the branch's path.
+        seed: makes the search repeatable from the same root whatever was forked off it before;
+            `None` leaves the draws to the engine's own seed and its count of forks.
         keep_tree: leave all branches alive at the end, not only the path to the best.
     """
 
@@ -164,7 +167,8 @@ class Search(ABC, Generic[S]):
     def tell(self, state: S, results: Sequence[Outcome]) -> None:
         """Take the outcomes of trials, in any order.
 
-        A trial already told, or unknown, changes nothing: its branch is pruned unless a node owns it.
+        A trial already told, or unknown, changes nothing: its branch is pruned unless a node owns
+        it.
         """
 
     @abstractmethod
@@ -179,7 +183,7 @@ class Search(ABC, Generic[S]):
         """Whether the search has nothing left to do; `state.reason` says why."""
         return state.reason is not None
 
-    def rank(self, state: S, node: Node) -> float:
+    def rank(self, state: S, node: Node) -> float:  # noqa: ARG002
         """The number by which this search picks among siblings (UCT, beam score, ...)."""
         return node.value
 
@@ -187,7 +191,7 @@ class Search(ABC, Generic[S]):
         """Take a node and all below it out of the search, as a person asked."""
         state.tree.drop(node)
 
-    def lose(self, state: S, node: Node, reason: str) -> None:
+    def lose(self, state: S, node: Node, reason: str) -> None:  # noqa: ARG002
         """Take a node out because the engine could not make its branch; `reason` is of `LOST`."""
         self.drop(state, node)
 
@@ -195,7 +199,8 @@ class Search(ABC, Generic[S]):
         """A copy with some options changed, checked as at construction.
 
         Raises:
-            InvalidArgument: an option is unknown, can't change while a search runs, or has a bad value.
+            InvalidArgument: an option is unknown, can't change while a search runs, or has a bad
+                value.
         """
         known = {f.name for f in fields(self)}
         for name in changes:
@@ -208,16 +213,16 @@ class Search(ABC, Generic[S]):
                 )
         return replace(self, **changes)
 
-    def node_seed(self, node: Node, ordinal: int) -> int | None:
-        """Seed of the attempt `ordinal` below `node`: a hash of the search's seed and the path.
+    def node_key(self, node: Node, ordinal: int) -> int | None:
+        """Key of the attempt `ordinal` below `node`: a hash of the search's seed and the path.
 
-        The same path gets the same seed in every run, whatever the batch it falls into. O(depth).
+        The same path gets the same key in every run, whatever the batch it falls into. O(depth).
         """
         if self.seed is None:
             return None
         path = ",".join(map(str, (*node.ordinals(), ordinal)))
         digest = hashlib.blake2b(f"{self.seed}:{path}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1  # 63 bits: fits every integer type below
+        return int.from_bytes(digest, "little")
 
     @staticmethod
     def open_trial(state: State, action: Action, node: Node, **details: Any) -> Trial:

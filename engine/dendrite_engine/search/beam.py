@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from dendrite_engine.errors import ContextTooLong
-from dendrite_engine.search.base import BatchPlan, Outcome, Search, State, Trial
+from dendrite_engine.search.base import Outcome, Search, State, Trial
+from dendrite_engine.search.budget import BatchPlan
 from dendrite_engine.search.checks import number, one_of, whole
 from dendrite_engine.search.tree import Node, Tree
 
@@ -55,25 +56,25 @@ class Candidate(NamedTuple):
 class BeamSearch(Search[BeamState]):
     """Token-level beam search: keeps the `width` likeliest texts, a token longer at each step.
 
-    Each step looks up the next-token log-probabilities of all live beams in one forward and ranks all
-    continuations by the sum of log-probabilities. Of the best `width`, those that end (a stop token, or
-    `max_tokens` reached) become hypotheses with the score
+    Each step looks up the next-token log-probabilities of all live beams in one forward and ranks
+    all continuations by the sum of log-probabilities. Of the best `width`, those that end (a stop
+    token, or `max_tokens` reached) become hypotheses with the score
 
         score = sum of log-probabilities / length ** length_penalty
 
-    (length counts the stop token; Wu et al., "Google's Neural Machine Translation System", 2016, for
-    the penalty) and the best `width` that do not end are the next beams. This is the procedure of
-    `transformers` 5 `generate(num_beams=width, do_sample=False)`, stopping rules included, and gives the
-    same tokens. A beam continues on its parent's branch where it is the first child and forks where it
-    is not; beams that fall out are pruned at once. O(width^2) bookkeeping a step.
+    (length counts the stop token; Wu et al., "Google's Neural Machine Translation System", 2016,
+    for the penalty) and the best `width` that do not end are the next beams. This is the procedure
+    of `transformers` 5 `generate(num_beams=width, do_sample=False)`, stopping rules included, and
+    gives the same tokens. A beam continues on its parent's branch where it is the first child and
+    forks where it is not; beams that fall out are pruned at once. O(width^2) bookkeeping a step.
 
     Args:
         width: beams.
         length_penalty: above 0 favours long hypotheses (scores are negative), below 0 short ones.
         max_tokens: longest hypothesis.
-        early_stopping: when to end with `width` hypotheses complete: `False` when the best live beam's
-            score at its present length is below the worst hypothesis, `True` at once, `"never"` when no
-            live beam can beat the worst hypothesis at any length.
+        early_stopping: when to end with `width` hypotheses complete: `False` when the best live
+            beam's score at its present length is below the worst hypothesis, `True` at once,
+            `"never"` when no live beam can beat the worst hypothesis at any length.
         stop_token_ids: tokens that complete a hypothesis, besides the model's end-of-text tokens.
 
     Raises:
@@ -155,7 +156,7 @@ class BeamSearch(Search[BeamState]):
             return max(state.live, key=lambda beam: (self.rank(state, beam), -beam.id))
         return state.fallen or state.tree.root
 
-    def rank(self, state: BeamState, node: Node) -> float:
+    def rank(self, state: BeamState, node: Node) -> float:  # noqa: ARG002
         """The length-normalised score; 0 for the root."""
         return node.score if node.score is not None else 0.0
 
@@ -196,9 +197,7 @@ class BeamSearch(Search[BeamState]):
         at_limit = length >= state.limit
         ending = [at_limit or c.token_id in state.stop_ids for c in candidates]
         going_on = [c for c, ends in zip(candidates, ending, strict=True) if not ends]
-        complete = [
-            c for c, ends in zip(candidates[: self.width], ending, strict=False) if ends
-        ]
+        complete = [c for c, ends in zip(candidates[: self.width], ending, strict=False) if ends]
         # live beams first: the first child of a beam takes its branch over
         state.live = [self._continue(state, beams, c, length) for c in going_on[: self.width]]
         self._finish(state, beams, complete, length)
@@ -271,7 +270,7 @@ class BeamSearch(Search[BeamState]):
         return best_possible <= (state.finished[-1].score or 0.0)
 
     def _score(self, total: float, length: int) -> float:
-        return total / max(1, length) ** self.length_penalty
+        return float(total / max(1, length) ** self.length_penalty)
 
     def _note_step(self, state: BeamState, beams: list[Node]) -> None:
         scores = [node.score for node in state.live]

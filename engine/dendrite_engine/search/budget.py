@@ -17,8 +17,8 @@ Clock = Callable[[], float]
 class Budget:
     """Limits of one search; `None` means no limit. The first one reached ends the search.
 
-    The batch size is cut so that tokens, nodes and iterations are not overrun at all where the cost of a
-    trial is known beforehand, and no limit is ever overrun by more than one batch.
+    The batch size is cut so that tokens, nodes and iterations are not overrun at all where the cost
+    of a trial is known beforehand, and no limit is ever overrun by more than one batch.
 
     Args:
         tokens: tokens that the model decodes for the search, rollouts included.

@@ -32,7 +32,9 @@ def number(name: str, value: object, low: float = -math.inf, *, above: bool = Fa
     if not math.isfinite(value):
         raise InvalidArgument(f"{name} must be finite, got {value}")
     if value < low or (above and value == low):
-        raise InvalidArgument(f"{name} must be {'above' if above else 'at least'} {low}, got {value}")
+        raise InvalidArgument(
+            f"{name} must be {'above' if above else 'at least'} {low}, got {value}"
+        )
 
 
 def one_of(name: str, value: object, known: Collection[object]) -> None:

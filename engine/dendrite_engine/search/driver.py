@@ -1,7 +1,7 @@
 """The runner: does what trials ask for with the engine, one batch at a time.
 
-All children of all trials of a batch are forked first and decoded in one job, so that every live leaf
-shares each forward; the evaluator is then called once for the whole batch.
+All children of all trials of a batch are forked first and decoded in one job, so that every live
+leaf shares each forward; the evaluator is then called once for the whole batch.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class Runner:
         self._engine = engine
         self._eos = frozenset(engine.model_config.eos_token_ids)
         self._guard = None if evaluator is None else EvaluatorGuard(bind(evaluator, root))
-        self._lock = threading.Lock()  # guards _job and _cancelled: cancel() comes from other threads
+        # guards _job and _cancelled: cancel() comes from other threads
+        self._lock = threading.Lock()
         self._job: Job | None = None
         self._cancelled = False
 
@@ -105,7 +106,8 @@ class Runner:
 
         Raises:
             DendriteError: the engine can't go on.
-            Exception: the evaluator is broken (see `EvaluatorGuard`). Branches of this batch are pruned.
+            Exception: the evaluator is broken (see `EvaluatorGuard`). Branches of this batch are
+                pruned.
         """
         before = set(self.keeper.live)
         works = [Work(trial, Outcome(trial.id)) for trial in trials]
@@ -170,8 +172,8 @@ class Runner:
     def _fork(self, works: Sequence[Work]) -> None:
         for work in works:
             try:
-                work.outcome.branch = self.keeper.fork_end(work.trial.node)
-            except BRANCH_ERRORS as error:
+                work.outcome.branch = self.keeper.fork_end(work.trial.node, work.trial.key)
+            except BRANCH_ERRORS as error:  # noqa: PERF203 one failure is one trial's
                 work.fail(error)
 
     def _begin(self, works: Sequence[Work]) -> None:
@@ -312,7 +314,9 @@ def _lacks_alternatives(trial: Trial) -> bool:
 def _at_end(node: Node) -> Branch:
     """The node's branch, still ending where the node ends."""
     if node.branch is None or node.branch.num_tokens != node.span[1]:
-        raise StaleBranch(f"branch {node.branch_id} was pruned or changed while its node was searched")
+        raise StaleBranch(
+            f"branch {node.branch_id} was pruned or changed while its node was searched"
+        )
     return node.branch
 
 

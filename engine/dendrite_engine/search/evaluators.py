@@ -1,9 +1,9 @@
 """Evaluators: batched callables that give each branch a value.
 
-An evaluator is any callable `evaluate(branches) -> sequence of floats`, one value for each branch, higher
-is better; UCT wants them in [0, 1]. It runs on the search's thread, so it may use the engine. Where it has
-a method `bind(root) -> evaluator`, that is called once with the branch the search starts from; the
-evaluators here use it to look only at what the search wrote.
+An evaluator is any callable `evaluate(branches) -> sequence of floats`, one value for each branch,
+higher is better; UCT wants them in [0, 1]. It runs on the search's thread, so it may use the
+engine. Where it has a method `bind(root) -> evaluator`, that is called once with the branch the
+search starts from; the evaluators here use it to look only at what the search wrote.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class CombinedEvaluator:
         if self.how == "min":
             return min(values)
         if self.how == "product":
-            return math.prod(v**w for v, w in zip(values, self.weights, strict=True))
+            return math.prod(float(v**w) for v, w in zip(values, self.weights, strict=True))
         total = math.fsum(v * w for v, w in zip(values, self.weights, strict=True))
         return total / math.fsum(self.weights)
 
@@ -209,9 +209,10 @@ class Valued:
 class EvaluatorGuard:
     """Keeps one branch's failing evaluation from the others.
 
-    When a batch raises, its branches are valued one by one. A branch that raises, or whose value is not
-    finite, gets the worst value seen so far (0 where there is none). An evaluator that has never
-    answered, or that failed `PATIENCE` times in a row, is taken to be broken and its exception goes up.
+    When a batch raises, its branches are valued one by one. A branch that raises, or whose value is
+    not finite, gets the worst value seen so far (0 where there is none). An evaluator that has
+    never answered, or that failed `PATIENCE` times in a row, is taken to be broken and its
+    exception goes up.
     """
 
     PATIENCE = 8
@@ -240,7 +241,7 @@ class EvaluatorGuard:
     def _values(self, branches: Sequence[Branch]) -> list[float | Exception]:
         try:
             values = self._evaluate(branches)
-        except Exception as error:  # noqa: BLE001 whatever user code raises is isolated here
+        except Exception as error:  # whatever user code raises stays with its branch
             found = self._one_by_one(branches, error)
         else:
             found = list(checked(values, len(branches)))
@@ -254,7 +255,7 @@ class EvaluatorGuard:
         for branch in branches:
             try:
                 values = self._evaluate([branch])
-            except Exception as error:  # noqa: BLE001, PERF203 the point is to go on with the others
+            except Exception as error:  # noqa: PERF203 the point is to go on
                 found.append(error)
             else:
                 found += checked(values, 1)

@@ -15,6 +15,7 @@ from dendrite_engine.search.checks import flag, number, whole
 from dendrite_engine.search.result import SearchResult
 from dendrite_engine.search.session import EventCallback, SearchSession
 from dendrite_engine.search.stats import SearchStats
+from dendrite_engine.search.tree import Tree
 
 if TYPE_CHECKING:
     from dendrite_engine.tree.branch import Branch
@@ -25,8 +26,8 @@ HandleState = Literal["running", "paused", "done", "failed", "stopped"]
 class SearchHandle:
     """Controls a search that runs on a thread of its own. Made by `Engine.search`.
 
-    All methods may be called from any thread and return at once, but for `wait`, `wait_paused`. Those
-    that change the search take effect before its next batch, so at the next select.
+    All methods may be called from any thread and return at once, but for `wait`, `wait_paused`.
+    Those that change the search take effect before its next batch, so at the next select.
 
     Example:
         >>> handle = engine.search(root, MCTS(width=3))      # doctest: +SKIP
@@ -241,6 +242,12 @@ class SearchHandle:
         """Branch of the best node so far, where it is alive."""
         with self._session.lock:
             return self._session.algorithm.best(self._session.state).branch
+
+    @property
+    def tree(self) -> Tree:
+        """The search tree; walk it while the search is paused or has ended, else read `stats()`."""
+        tree: Tree = self._session.state.tree
+        return tree
 
     def usage(self) -> Usage:
         """What the search has spent so far, in the units of its budget."""

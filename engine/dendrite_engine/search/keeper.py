@@ -38,8 +38,12 @@ class BranchKeeper:
         self.live: dict[int, Branch] = {}
         self._engine = engine
 
-    def fork_end(self, node: Node) -> Branch:
+    def fork_end(self, node: Node, key: int | None = None) -> Branch:
         """Fork a node's branch where the node ends, also when somebody has extended it since.
+
+        Args:
+            node: whose branch to fork.
+            key: replaces the key that the engine draws the fork's tokens by.
 
         Raises:
             StaleBranch: the branch was pruned, or rolled back behind the node's end.
@@ -54,6 +58,10 @@ class BranchKeeper:
                 f"branch {branch.id} was rolled back to {held} tokens; its node ends at {end}"
             )
         fork = branch.fork(1)[0] if held == end else branch.fork(1, at=end)[0]
+        if key is not None:
+            # the engine's own key counts the forks of a branch, so a second search from the same
+            # root would draw other tokens than the first
+            fork._key = key
         return self.keep(fork)
 
     def keep(self, branch: Branch) -> Branch:
@@ -64,7 +72,7 @@ class BranchKeeper:
     def extend(
         self, branches: Sequence[Branch], tokens: Sequence[Sequence[int]]
     ) -> list[Exception | None]:
-        """Force tokens onto branches; an entry is the error of the branch that could not take them."""
+        """Force tokens onto branches; returns the error of each branch that could not take them."""
         if not branches:
             return []
         rows = list(zip(branches, tokens, strict=True))
@@ -89,7 +97,8 @@ class BranchKeeper:
     ) -> list[tuple[Node, Exception]]:
         """Make the branches of planned nodes, prune unwanted ones.
 
-        The first planned child of a node about to be released takes its branch over; the others fork.
+        The first planned child of a node about to be released takes its branch over; the others
+        fork.
 
         Args:
             state: the search's state.
@@ -132,7 +141,7 @@ class BranchKeeper:
                         tree.hand_over(parent, child)
                     else:
                         tree.attach(child, self.fork_end(parent))
-                except BRANCH_ERRORS as error:
+                except BRANCH_ERRORS as error:  # noqa: PERF203 one failure is one child's
                     failed.append((child, error))
             grown += [(child, child.branch) for child in children if child.branch is not None]
             ids = [child.branch_id for child in children]
@@ -143,7 +152,8 @@ class BranchKeeper:
         """Give a node whose branch was released a new one: its tokens forced below a live ancestor.
 
         Returns:
-            Whether it has a live branch now; `False` where no ancestor lives or the pages don't suffice.
+            Whether it has a live branch now; `False` where no ancestor lives or the pages don't
+            suffice.
         """
         if node.branch is not None and node.branch.is_alive:
             return True

@@ -5,18 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dendrite_engine.errors import InvalidArgument
-from dendrite_engine.search.base import (
-    ENDED,
-    BatchPlan,
-    Outcome,
-    Search,
-    State,
-    Trial,
-)
-from dendrite_engine.search.budget import Budget
+from dendrite_engine.search.base import ENDED, Outcome, Search, State, Trial
+from dendrite_engine.search.budget import BatchPlan, Budget
 from dendrite_engine.search.checks import number, one_of, strings, whole
 from dendrite_engine.search.tree import Node, Tree
 
@@ -44,48 +37,48 @@ class MCTSState(State):
     failed: int = 0
 
 
-M = TypeVar("M", bound=MCTSState)
-
-
 @dataclass(frozen=True, kw_only=True)
 class MCTS(Search[MCTSState]):
     """UCT-MCTS: each node is a run of tokens, each simulation adds one child and values it.
 
-    Select walks down from the root. At a node with fewer than `width` attempts it stops and expands: one
-    child is forked and sampled (untried children come before tried ones). Elsewhere it takes the child
-    with the highest
+    Select walks down from the root. At a node with fewer than `width` attempts it stops and
+    expands: one child is forked and sampled (untried children come before tried ones). Elsewhere it
+    takes the child with the highest
 
         UCT(c) = Q(c) + exploration * sqrt(ln N(parent) / N(c)),   Q(c) = mean value of c
 
-    (UCB1 applied to trees: Kocsis & Szepesvari, "Bandit based Monte-Carlo Planning", ECML 2006; ties to
-    the lowest node id). The evaluator values the child, or with `rollout_tokens` a sampled continuation
-    of it, and the value is added to every node on the path. `parallel` simulations share a batch: each
-    one under way counts on its path as `virtual_loss` visits of the lowest value, which sends the next
-    elsewhere (Chaslot, Winands & van den Herik, "Parallel Monte-Carlo Tree Search", CG 2008).
+    (UCB1 applied to trees: Kocsis & Szepesvari, "Bandit based Monte-Carlo Planning", ECML 2006;
+    ties to the lowest node id). The evaluator values the child, or with `rollout_tokens` a sampled
+    continuation of it, and the value is added to every node on the path. `parallel` simulations
+    share a batch: each one under way counts on its path as `virtual_loss` visits of the lowest
+    value, which sends the next elsewhere (Chaslot, Winands & van den Herik, "Parallel Monte-Carlo
+    Tree Search", CG 2008).
 
-    A sampled child that equals an older sibling token for token is merged: its value counts as another
-    visit of the sibling. A node is exhausted when its text has ended, or `width` attempts were made and
-    all children are exhausted; select never returns to it, so its branch is pruned unless it lies on the
-    path to the best. Select costs O(depth * width), backpropagate O(depth).
+    A sampled child that equals an older sibling token for token is merged: its value counts as
+    another visit of the sibling. A node is exhausted when its text has ended, or `width` attempts
+    were made and all children are exhausted; select never returns to it, so its branch is pruned
+    unless it lies on the path to the best. Select costs O(depth * width), backpropagate O(depth).
 
     Args:
         exploration: weight of the exploration term; sqrt(2) is UCB1's for values in [0, 1].
         width: attempts at children of a node.
         tokens_per_node: tokens of a child, at most; fewer where its text ends.
         max_depth: nodes on a path below the root; `None` for no limit.
-        rollout_tokens: length of the continuation that is valued in a child's place; 0 values the child.
+        rollout_tokens: length of the continuation that is valued in a child's place; 0 values the
+            child.
         parallel: simulations in a batch.
         virtual_loss: visits of the lowest value that a simulation under way stands for.
-        expansion: `sample` draws the child's tokens; `top_k` begins the n-th child of a node with the
-            n-th most likely token, then samples.
-        stop: strings that end the text, so that the node is terminal; `None` keeps those of `sampling`.
+        expansion: `sample` draws the child's tokens; `top_k` begins the n-th child of a node with
+            the n-th most likely token, then samples.
+        stop: strings that end the text, so that the node is terminal; `None` keeps those of
+            `sampling`.
         sampling: how tokens are drawn; `None` for temperature 1.
-        normalise: `none` wants values in [0, 1]; `minmax` scales all values seen so far to [0, 1] when
-            selecting (Schrittwieser et al., MuZero, Nature 2020, appendix B).
+        normalise: `none` wants values in [0, 1]; `minmax` scales all values seen so far to [0, 1]
+            when selecting (Schrittwieser et al., MuZero, Nature 2020, appendix B).
         target: end as soon as a node's value reaches this; `None` never.
         final: what `best` returns: `score` the node that the evaluator valued highest (ties: lowest
-            id), `visits` the end of the most visited path (robust child; better with rollouts, whose
-            text is not kept).
+            id), `visits` the end of the most visited path (robust child; better with rollouts,
+            whose text is not kept).
 
     Raises:
         InvalidArgument: an option is out of range; the message names it.
@@ -147,18 +140,20 @@ class MCTS(Search[MCTSState]):
         """A tree of one node, the root."""
         return MCTSState(Tree(root))
 
-    def plan(self, state: MCTSState) -> BatchPlan:
+    def plan(self, state: MCTSState) -> BatchPlan:  # noqa: ARG002
         """`parallel` simulations, each worth running alone."""
         return BatchPlan(self.parallel, 1, self.tokens_per_node + self.rollout_tokens, 1)
 
     def ask(self, state: MCTSState, n: int) -> list[Trial]:
         """Select up to `n` nodes and ask for a child of each."""
         trials: list[Trial] = []
+        params = self._params(self.tokens_per_node)
+        rollout = self._params(self.rollout_tokens) if self.rollout_tokens else None
         while len(trials) < n and state.reason is None:
             node = self._select(state)
             if node is None:
                 break
-            trials.append(self._expand(state, node))
+            trials.append(self._expand(state, node, params, rollout))
         if not trials and not state.pending and state.reason is None:
             state.reason = "exhausted"
         return trials
@@ -167,7 +162,8 @@ class MCTS(Search[MCTSState]):
         """Hang new children into the tree and backpropagate their values.
 
         Raises:
-            InvalidArgument: a value is outside [0, 1] and `normalise` is "none"; nothing was changed.
+            InvalidArgument: a value is outside [0, 1] and `normalise` is "none"; nothing was
+                changed.
         """
         for outcome in results:
             self._check_value(outcome.value)
@@ -181,7 +177,7 @@ class MCTS(Search[MCTSState]):
         self._check_end(state)
 
     def best(self, state: MCTSState) -> Node:
-        """The node valued highest, or the end of the most visited path (see `final`). O(depth * width)."""
+        """The node valued highest, or the end of the most visited path. O(depth * width)."""
         if self.final == "score":
             return state.leader or state.tree.root
         node = state.tree.root
@@ -232,7 +228,7 @@ class MCTS(Search[MCTSState]):
         )
 
     def _by_score(self, state: MCTSState, node: Node) -> Iterator[Node]:
-        """Children worth descending into, best first; lazily, as the first one nearly always does."""
+        """Children worth descending into, best first; lazily, the first one nearly always does."""
         log_visits = self._log_visits(node)
         open_children = [child for child in node.children if not child.exhausted]
         keyed = [(-self._uct_score(state, c, log_visits), c.id, c) for c in open_children]
@@ -257,34 +253,35 @@ class MCTS(Search[MCTSState]):
 
     # -- expand ---------------------------------------------------------------------------------
 
-    def _expand(self, state: MCTSState, node: Node) -> Trial:
+    def _expand(
+        self, state: MCTSState, node: Node, params: SamplingParams, rollout: SamplingParams | None
+    ) -> Trial:
         """Ask for the next child of `node` and count the simulation on its path."""
         ordinal = node.attempts
         node.attempts += 1
         self._count_in_flight(node, +1)
         state.note("select", node, {"path": [n.branch_id for n in node.path()]})
-        seed = self.node_seed(node, ordinal)
-        rollout = self._params(self.rollout_tokens, seed) if self.rollout_tokens else None
         return self.open_trial(
             state,
             "expand",
             node,
             ordinal=ordinal,
-            params=self._params(self.tokens_per_node, seed),
+            params=params,
             alternative=ordinal if self.expansion == "top_k" else None,
             rollout=rollout,
             k=self.width if self.expansion == "top_k" else 0,
+            key=self.node_key(node, ordinal),
         )
 
-    def _params(self, max_tokens: int, seed: int | None) -> SamplingParams:
+    def _params(self, max_tokens: int) -> SamplingParams:
         sampling = self.sampling
         if sampling is None:
-            from dendrite_engine.sampling_params import SamplingParams  # noqa: PLC0415 cheap import
+            from dendrite_engine.sampling_params import SamplingParams
 
             sampling = SamplingParams(temperature=1.0)
         changes: dict[str, Any] = {"max_tokens": max_tokens}
-        if seed is not None:
-            changes["seed"] = seed
+        if self.seed is not None:
+            changes["seed"] = self.seed
         if self.stop is not None:
             changes["stop"] = tuple(self.stop)
         return sampling.replace(**changes)
@@ -320,7 +317,8 @@ class MCTS(Search[MCTSState]):
         if outcome.finish_reason in ENDED or at_limit:
             child.status = "terminal"
             child.exhausted = True
-            child.finish_reason = outcome.finish_reason if outcome.finish_reason in ENDED else "depth"
+            ended = outcome.finish_reason in ENDED
+            child.finish_reason = outcome.finish_reason if ended else "depth"
         state.note("expand", trial.node, {"children": [child.branch_id]})
         state.note("evaluate", child, {"values": [value]})
         self._backpropagate(state, child, value)
@@ -337,16 +335,15 @@ class MCTS(Search[MCTSState]):
             step.visits += 1
             step.value_sum += value
             state.tree.touch(step)
-        state.note(
-            "backpropagate", node, {"path": [n.branch_id for n in path], "value": value}
-        )
+        state.note("backpropagate", node, {"path": [n.branch_id for n in path], "value": value})
 
     def _lose(self, state: MCTSState, trial: Trial, outcome: Outcome) -> None:
-        """A trial left no child; where its node's own branch is gone the node can't expand again."""
+        """A trial left no child; a node whose own branch is gone can't expand again."""
         state.failed += 1
         state.tree.orphan(outcome.branch)
         node = trial.node
-        if outcome.finish_reason == "stale" and node.branch is not None and not node.branch.is_alive:
+        gone = node.branch is not None and not node.branch.is_alive
+        if outcome.finish_reason == "stale" and gone:
             node.branch = None
             node.status = "pruned"
             state.tree.dirty.add(node.id)
@@ -376,7 +373,7 @@ class MCTS(Search[MCTSState]):
             state.tree.release(node)
 
     def _close(self, state: MCTSState, node: Node) -> None:
-        """Mark nodes from `node` upwards that have nothing left to try, and release their branches."""
+        """Mark nodes from `node` upwards that have nothing left to try, release their branches."""
         above: Node | None = node
         while above is not None and not above.exhausted:
             if above.in_flight or self._can_expand(above):

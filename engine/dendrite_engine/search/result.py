@@ -17,16 +17,16 @@ class SearchResult:
     """What a search found, what it spent and why it ended.
 
     Attributes:
-        best: live branch of the best node; `None` where the root was pruned meanwhile, or where pages
-            do not suffice to make it again.
+        best: live branch of the best node; `None` where the root was pruned meanwhile, or where
+            pages do not suffice to make it again.
         text: what the search wrote on the path to the best node, special tokens left out.
         value: the best node's value (MCTS: what the evaluator gave it; beam search: its score).
         nodes: nodes added to the tree.
         iterations: trials told.
         tokens: tokens decoded, rollouts included.
         seconds: time in batches.
-        reason: `exhausted` (nothing left to try), `finished`, `target`, `stopped`, or the limit that
-            was reached: `tokens`, `nodes`, `seconds`, `pages`, `iterations`.
+        reason: `exhausted` (nothing left to try), `finished`, `target`, `stopped`, or the limit
+            that was reached: `tokens`, `nodes`, `seconds`, `pages`, `iterations`.
         token_ids: tokens of `text`, special ones included.
         node: the best node; `node.path()` leads to it.
     """

@@ -1,7 +1,7 @@
 """A search in progress: algorithm, state, runner and meter, advanced a batch at a time.
 
-The session knows no threads of its own. One thread calls `batch`, `apply` and `conclude`; any thread may
-read through the methods that take the lock, which is never held while the engine works.
+The session knows no threads of its own. One thread calls `batch`, `apply` and `conclude`; any
+thread may read through the methods that take the lock, which is never held while the engine works.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dendrite_engine.search.driver import Runner, reason_of
 from dendrite_engine.search.evaluators import Evaluator
 from dendrite_engine.search.result import SearchResult
 from dendrite_engine.search.stats import SearchStats, StatsTable
-from dendrite_engine.search.tree import Node
+from dendrite_engine.search.tree import Node, Tree
 
 if TYPE_CHECKING:
     from dendrite_engine.engine import Engine
@@ -118,7 +118,7 @@ class SearchSession:
         return self._verdict(outcomes)
 
     def _settle(self) -> None:
-        """Make planned branches, prune unwanted ones; nodes that could not grow leave the search."""
+        """Make planned branches, prune unwanted ones; nodes that can't grow leave the search."""
         failed = self.runner.settle(self.state, self.lock)
         with self.lock:
             for node, error in failed:
@@ -148,7 +148,8 @@ class SearchSession:
     def _verdict(self, outcomes: Sequence[Outcome]) -> str | None:
         if self.state.reason is None and all(o.finish_reason == "out_of_pages" for o in outcomes):
             return "pages"
-        return self.state.reason
+        reason: str | None = self.state.reason
+        return reason
 
     def apply(self, change: Callable[[], None]) -> None:
         """Carry out a change from outside between two batches, then do what it asks of branches."""
@@ -228,7 +229,7 @@ class SearchSession:
         for callback in tuple(self._callbacks):
             try:
                 callback(event)
-            except Exception as error:  # a listener must not end the search
+            except Exception as error:  # noqa: PERF203 a listener must not end the search
                 self._callbacks.remove(callback)
                 text = f"on_event callback raised {type(error).__name__}: {error}; it was removed"
                 self._engine.trace.append("error", branch_id, {"error": text})
@@ -260,7 +261,8 @@ class SearchSession:
         """
         branch_id = branch if isinstance(branch, int) else getattr(branch, "id", None)
         with self.lock:
-            node = self.state.tree.by_branch.get(branch_id) if branch_id is not None else None
+            tree: Tree = self.state.tree
+        node = tree.by_branch.get(branch_id) if branch_id is not None else None
         if node is None:
             raise InvalidArgument(f"branch {branch!r} is not part of this search")
         return node

@@ -66,8 +66,8 @@ class SearchStats:
 class StatsTable:
     """Keeps a row for each node and rewrites only rows whose node changed since the last reading.
 
-    Reading costs O(changed nodes) plus a copy of the columns asked for. The caller holds the lock of
-    the tree.
+    Reading costs O(changed nodes) plus a copy of the columns asked for. The caller holds the lock
+    of the tree.
     """
 
     def __init__(self) -> None:

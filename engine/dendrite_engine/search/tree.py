@@ -1,7 +1,7 @@
 """The search tree: nodes hold statistics and branch handles, never text to be prefilled again.
 
-A tree knows nothing of the engine. It records what ought to happen to branches (grow this node, release
-that one) and the runner in `driver.py` makes it so after every batch.
+A tree knows nothing of the engine. It records what ought to happen to branches (grow this node,
+release that one) and the runner in `driver.py` makes it so after every batch.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Tree:
         branch: Branch | None = None,
         ordinal: int = 0,
     ) -> Node:
-        """Hang a node under `parent`; without a `branch` it is planned and grown at the next settle."""
+        """Hang a node under `parent`; without a `branch` it is grown at the next settle."""
         node = Node(
             len(self.nodes),
             parent,
@@ -187,7 +187,7 @@ class Tree:
             self.dirty.add(parent.id)
 
     def release(self, node: Node) -> None:
-        """Have a node's branch pruned at the next settle, or never made; root and pinned ones stay."""
+        """Have a node's branch pruned at the next settle, or never made; not the root's."""
         if node.parent is None or node.pinned:
             return
         if node.branch is not None:
@@ -214,7 +214,7 @@ class Tree:
         return unwanted
 
     def drop(self, node: Node) -> None:
-        """Take a node and all below it out of the search; their statistics stay in the ancestors."""
+        """Take a node and all below it out of the search; ancestors keep their statistics."""
         for below in node.subtree():
             below.status = "pruned"
             below.exhausted = True

@@ -62,7 +62,7 @@ class Branch:
     def __init__(self, engine: BranchHost, handle: int, parent: Branch | None = None) -> None:
         self.engine: Any = engine
         self._core = engine.core
-        self._handle = handle
+        self._handle: int = handle
         self.parent = parent
         self.id = engine._new_branch_id()
         self.depth: int = 0 if parent is None else parent.depth + 1
@@ -174,6 +174,11 @@ class Branch:
     def is_alive(self) -> bool:
         """Whether the branch can still be used."""
         return self.id in self.engine._branches
+
+    @property
+    def handle(self) -> int:
+        """The core's handle, for the read-only views of `engine.core` (segments, page_tables)."""
+        return self._handle
 
     @property
     def is_generating(self) -> bool:
