@@ -116,6 +116,8 @@ class Explorer(anywidget.AnyWidget):
 
     @selected.setter
     def selected(self, branch: Any | None) -> None:
+        if branch is not None and branch.engine is not self.engine:
+            raise StaleBranch(f"branch {branch.id} belongs to another engine")
         node = 0 if branch is None else self._session.node_of(branch)
         if branch is not None and not node:
             raise StaleBranch(f"branch {branch.id} is not shown by this explorer")

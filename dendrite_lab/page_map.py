@@ -20,7 +20,7 @@ class PageMap:
     Attributes:
         branches: branch id of each row.
         branches_total: live branches, those without a row included.
-        holders: [rows, columns] how many branches hold the page in that place; NaN past a path's end.
+        holders: [rows, columns] how many branches hold the page read there; NaN past a path's end.
         labels: [rows, columns] page ids as text.
         sharers: [rows, columns] names of the branches that hold the page.
         live, shared, free, total: pages of the pool.
@@ -43,15 +43,15 @@ def read_page_map(engine: Any, max_branches: int) -> PageMap:
     Reads while other threads may prune: a branch that goes meanwhile is left out. O(pages held).
     """
     paths: dict[int, list[int]] = {}
+    held_by: dict[int, list[int]] = {}
     for branch in tree_order(engine.branches):
         try:
-            paths[branch.id] = pages_of(engine, branch)
+            segments = engine.core.segments(branch._handle)
         except StaleBranch:
             continue  # pruned between listing and reading
-    held_by: dict[int, list[int]] = {}
-    for branch_id, pages in paths.items():
-        for page in pages:
-            held_by.setdefault(page, []).append(branch_id)
+        paths[branch.id] = pages_read(segments, engine.core.page_size)
+        for page in {page for segment in segments for page in segment[4]}:
+            held_by.setdefault(page, []).append(branch.id)
     rows = list(paths)[:max_branches]
     width = max((len(paths[row]) for row in rows), default=0)
     holders = np.full((len(rows), width), np.nan)
@@ -65,21 +65,20 @@ def read_page_map(engine: Any, max_branches: int) -> PageMap:
     stats = engine.stats()
     return PageMap(
         rows, len(paths), holders, labels, sharers,
-        stats.pages_live, sum(len(ids) > 1 for ids in held_by.values()), stats.pages_free,
-        stats.pages_total,
+        stats.pages_live, stats.pages_shared, stats.pages_free, stats.pages_total,
     )  # fmt: skip
 
 
-def pages_of(engine: Any, branch: Any) -> list[int]:
-    """Page ids along a branch's path, root first; a page that two segments list counts once.
+def pages_read(segments: list[Any], page_size: int) -> list[int]:
+    """Page ids that a branch reads along its path, root first.
 
-    Where a branch wrote into a copy of a shared partial page, the copy takes the original's place.
+    Where it wrote into a copy of a shared partial page, it reads the copy in the original's place; the
+    original is held all the same, by the segment above.
     """
-    size = engine.core.page_size
     places: dict[int, int] = {}
-    for _, start, _, _, pages in engine.core.segments(branch._handle):
+    for _, start, _, _, pages in segments:
         for offset, page in enumerate(pages):
-            places[start // size + offset] = page
+            places[start // page_size + offset] = page
     return [places[place] for place in sorted(places)]
 
 

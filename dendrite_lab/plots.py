@@ -24,6 +24,10 @@ _MAX_LABELLED_CELLS = 600
 _GREY = "#808890"
 _GRID = "rgba(128,136,144,0.25)"
 _BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"
+_COLORBAR = {
+    "title": {"text": "held by"}, "thickness": 12, "outlinewidth": 0, "tickformat": "d",
+    "lenmode": "pixels", "len": 160, "y": 1, "yanchor": "top", "nticks": 5,
+}  # fmt: skip
 _HOLDERS = [[0.0, "#f3d9a4"], [0.01, "#cfe3f3"], [0.35, "#7fb6dc"], [0.7, "#2f7fbd"], [1.0, "#08407c"]]
 
 
@@ -51,7 +55,7 @@ def memory(engine: Any, *, live: bool = False, max_branches: int = MAX_BRANCHES)
         return _memory_update(read_page_map(engine, max_branches))
 
     figure = go.Figure(go.Heatmap(xgap=1, ygap=2, zmin=1, colorscale=_HOLDERS, hoverongaps=False))
-    _style(figure, x="page along the path", y="branch")
+    _style(figure, x="page along the path")
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     figure.update_xaxes(showgrid=False)
     return _finish(figure, read, live, lambda: _is_closed(engine), "memory")
@@ -113,11 +117,11 @@ def _finish(
 
 def _memory_update(pages: PageMap) -> dict[str, Any]:
     """New values of the memory figure, in the form that `Figure.update` takes."""
-    names = [f"#{branch}" for branch in pages.branches]
+    names = [f"branch {branch}" for branch in pages.branches]
     left_out = pages.branches_total - len(names)
     title = (
-        f"{pages.live} live pages: {pages.shared} shared, {pages.live - pages.shared} held by one "
-        f"branch; {pages.free:,} of {pages.total:,} free"
+        f"live pages: {pages.live} ({pages.shared} shared, {pages.live - pages.shared} held by one "
+        f"branch); free: {pages.free:,} of {pages.total:,}"
     )
     if left_out:
         title += f" ({left_out} more branches not shown)"
@@ -130,8 +134,8 @@ def _memory_update(pages: PageMap) -> dict[str, Any]:
         "texttemplate": "%{text}" if labelled else "",
         "customdata": pages.sharers,
         "zmax": max(2, most),
-        "colorbar": {"title": {"text": "held by"}, "thickness": 12, "outlinewidth": 0},
-        "hovertemplate": "page %{text} of branch %{y}<br>held by %{z}: %{customdata}<extra></extra>",
+        "colorbar": _COLORBAR,
+        "hovertemplate": "page %{text} of %{y}<br>held by %{z}: %{customdata}<extra></extra>",
     }
     height = max(220, 110 + 24 * len(names))
     return {"data": [cell], "layout": {"title": {"text": title}, "height": height}}
@@ -184,13 +188,14 @@ def _style(figure: go.Figure, *, x: str = "", y: str = "", height: int = 320) ->
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": _GREY, "size": 12},
         title={"font": {"size": 14}, "x": 0, "xanchor": "left", "xref": "container", "pad": {"l": 12}},
-        margin={"l": 60, "r": 24, "t": 48, "b": 48},
+        margin={"l": 76, "r": 24, "t": 48, "b": 48},
         height=height,
     )
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     if x:
         figure.update_xaxes(title_text=x)
+    if y:
         figure.update_yaxes(title_text=y)
 
 

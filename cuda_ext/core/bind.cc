@@ -205,22 +205,22 @@ nb::tuple debug_events(PyCore& self) {
 }
 
 void bind_writing(nb::class_<PyCore>& cls) {
-  cls.def("create", &create, "tokens"_a, "namespace"_a = "", docs::kCreate)
+  cls.def("create", &create, "tokens"_a.none(), "namespace"_a = "", docs::kCreate)
       .def("fork", [](PyCore& s, int64_t b) { return s.core->fork(b); }, "branch"_a, docs::kFork)
       .def("fork_many", [](PyCore& s, int64_t b, int64_t n) { return s.core->fork_many(b, n); },
            "branch"_a, "n"_a, docs::kForkMany)
       .def("fork_at", [](PyCore& s, int64_t b, int64_t p) { return s.core->fork_at(b, p); },
            "branch"_a, "position"_a, docs::kForkAt)
-      .def("append", &append, "branch"_a, "tokens"_a, "logprobs"_a = nb::none(),
+      .def("append", &append, "branch"_a, "tokens"_a.none(), "logprobs"_a = nb::none(),
            "retain"_a = false, docs::kAppend)
-      .def("append_batch", &append_batch, "branches"_a, "tokens"_a, "logprobs"_a = nb::none(),
+      .def("append_batch", &append_batch, "branches"_a.none(), "tokens"_a.none(), "logprobs"_a = nb::none(),
            docs::kAppendBatch)
       .def("rollback", [](PyCore& s, int64_t b, int64_t n) { return s.core->rollback(b, n); },
            "branch"_a, "n"_a, docs::kRollback)
       .def("prune", [](PyCore& s, int64_t b) { return s.core->prune(b); }, "branch"_a,
            docs::kPrune)
       .def("evict", [](PyCore& s, int64_t n) { return s.core->evict(n); }, "n"_a, docs::kEvict)
-      .def("plan", &plan, "branches"_a, "quotas"_a, docs::kPlan)
+      .def("plan", &plan, "branches"_a.none(), "quotas"_a.none(), docs::kPlan)
       .def("debug_events", &debug_events, docs::kDebugEvents)
       .def("debug_unsealed", [](PyCore& s) { return s.core->debug_unsealed(); },
            docs::kDebugUnsealed);
@@ -244,9 +244,9 @@ void bind_reading(nb::class_<PyCore>& cls) {
              ArrayArg<int64_t> handles(branches, "branches");
              return to_numpy(s.core->pending(handles.data(), handles.size()));
            },
-           "branches"_a, docs::kPending)
-      .def("page_tables", &page_tables, "branches"_a, docs::kPageTables)
-      .def("describe", &describe, "branches"_a, docs::kDescribe)
+           "branches"_a.none(), docs::kPending)
+      .def("page_tables", &page_tables, "branches"_a.none(), docs::kPageTables)
+      .def("describe", &describe, "branches"_a.none(), docs::kDescribe)
       .def("segments", &segments, "branch"_a, docs::kSegments)
       .def("page_refs", [](PyCore& s) { return to_numpy(s.core->page_refs()); }, docs::kPageRefs)
       .def("page_state", [](PyCore& s) { return to_numpy(s.core->page_state()); },
@@ -256,7 +256,7 @@ void bind_reading(nb::class_<PyCore>& cls) {
              ArrayArg<int32_t> ids(tokens, "tokens");
              return s.core->match_prefix(ids.data(), ids.size(), name);
            },
-           "tokens"_a, "namespace"_a = "", docs::kMatchPrefix)
+           "tokens"_a.none(), "namespace"_a = "", docs::kMatchPrefix)
       .def("stats", &stats, docs::kStats)
       .def("refcount_histogram",
            [](PyCore& s) { return call_without_gil([&] { return s.core->refcount_histogram(); }); },

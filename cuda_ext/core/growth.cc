@@ -132,7 +132,7 @@ void SegmentTree::commit_items(std::vector<FlightItem> items) {
     Segment* segment = item.segment;
     if (!segment) continue;
     --segment->in_flight;
-    if (item.to <= segment->computed) continue;
+    if (item.to <= segment->computed || item.from > segment->computed) continue;
     const int32_t before = segment->computed;
     segment->computed = item.to;
     if (segment->pending_src >= 0) {

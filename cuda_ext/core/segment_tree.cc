@@ -198,6 +198,7 @@ bool SegmentTree::join_pages(Segment* parent, Segment* child) {
       if (child->in_flight > 0 || pool.refs(upper) != 2 || pool.refs(lower) != 1) return false;
       child->pending_src = -1;  // the parent's page has no other reader: go on in place
       drop_page(upper);
+      pool.unseal(upper);
       if (pool.retained(lower)) pool.retain(upper);
       drop_page(lower);
       child->pages.erase(child->pages.begin());

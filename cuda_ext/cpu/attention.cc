@@ -16,7 +16,7 @@ namespace dendrite {
 namespace {
 
 constexpr int64_t kMaxPartialFloats = int64_t(64) << 18;  // 64 MiB of split partials
-constexpr int64_t kSerialWork = 1 << 16;  // multiply-adds below which one thread is faster
+constexpr int64_t kSerialWork = 1 << 18;  // query-key multiply-adds that one thread does sooner
 
 // One thread's buffers for a block, cut from one allocation.
 struct BlockBuffers {
@@ -25,7 +25,7 @@ struct BlockBuffers {
   int q_stride;
 
   BlockBuffers(Scratch& scratch, int max_q, int dim) {
-    q_stride = (max_q + 15) / 16 * 16;
+    q_stride = ((max_q + 15) / 16 | 1) * 16;  // an odd number of cache lines: spreads over sets
     const int64_t n = q_stride, rows = n * dim;
     float* p = scratch.get<float>(3 * rows + n * kScoreStride + 6 * n);
     q = p;

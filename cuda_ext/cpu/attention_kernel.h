@@ -162,6 +162,11 @@ DENDRITE_INLINE bool visible(const ChunkJob& job, int x, int end, int c0, int c1
 void score_run(const ChunkJob& job, const Run& run) {
   const int begin = run.row_begin * job.group, end = run.row_end * job.group;
   const int step = tile_rows(end - begin, kScoreRows);
+  int first = 0, last = kChunk;  // columns that every row of the run sees
+  for (int x = begin; x < end; ++x) {
+    first = most(first, job.lo[x]);
+    last = least(last, job.hi[x]);
+  }
   for (int i = 0; i < run.num_pages; ++i) {
     const int column = run.column + (i << job.page_shift);
     const int32_t* page = job.pages + run.page_begin + i;
@@ -170,7 +175,8 @@ void score_run(const ChunkJob& job, const Run& run) {
     const Ahead ahead = {job.k + next * job.page_stride, job.v + page[0] * job.page_stride};
     for (int x = begin; x < end; x += step) {
       const int stop = least(end, x + step);
-      if (visible(job, x, stop, column, column + job.page_size))
+      if ((column >= first && column + job.page_size <= last) ||
+          visible(job, x, stop, column, column + job.page_size))
         score_page(job, k, ahead, x, stop - x, column);
     }
   }

@@ -19,6 +19,10 @@ namespace {
 
 using Address = uintptr_t;
 
+// Query-key multiply-adds (about half a millisecond) above which other Python threads get a turn. Below,
+// waiting to get the GIL back from a busy thread would cost more than the kernel itself.
+constexpr int64_t kReleaseWork = int64_t(1) << 23;
+
 float* floats(Address address) { return reinterpret_cast<float*>(address); }
 
 // Read-only view of a C-contiguous array of T for the length of a call.
@@ -89,9 +93,11 @@ Schedule* make_schedule(nb::handle positions, nb::handle node_pos, nb::handle no
 
 void attend(Context& context, const Schedule& schedule, Address q, Address k, Address v, Address out,
             int heads, int kv_heads, int dim, int64_t num_pages, float scale) {
+  const AttentionCall call{floats(q), floats(k), floats(v),   floats(out), heads,
+                           kv_heads,  dim,       num_pages,   scale};
+  if (schedule.work * heads * dim < kReleaseWork) return tree_attention(context, schedule, call);
   const nb::gil_scoped_release release;
-  tree_attention(context, schedule,
-                 {floats(q), floats(k), floats(v), floats(out), heads, kv_heads, dim, num_pages, scale});
+  tree_attention(context, schedule, call);
 }
 
 void norm(Context& context, Address x, Address residual, Address weight, float eps, Address out,

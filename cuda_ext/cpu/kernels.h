@@ -72,9 +72,6 @@ struct RowStats {
   bool finite;     // no NaN, no Inf
 };
 
-// Position of a logit in the sampler's histogram: distance below the maximum, in bucket widths.
-constexpr int kBuckets = 2048;  // bucket kBuckets holds the banned tokens (-inf)
-
 struct KernelTable {
   const char* name;
   void (*attend_chunk)(const ChunkJob& job);
@@ -88,11 +85,13 @@ struct KernelTable {
   void (*silu_mul)(const float* gate_up, float* out, int64_t row_begin, int64_t row_end, int width);
   void (*row_stats)(const float* x, int n, RowStats* stats);
   double (*sum_exp)(const float* x, int n, float max);
-  void (*bucketize)(const float* x, int n, float max, float inv_temperature, float scale,
-                    uint16_t* bucket, float* weight);
-  // Appends (in id order) every i with bucket[i] == wanted; returns how many.
-  int (*find_bucket)(const uint16_t* bucket, int n, uint16_t wanted, int32_t* ids);
-  // Ids with x[i] > threshold, in [begin, n): returns the first, or n.
+  // With t = (max - x) / temperature: appends, in id order, every id with x > -inf and t <= distance
+  // and its weight exp(-t); adds up the weights of the others. Returns how many were appended.
+  int (*near_tokens)(const float* x, int n, float max, float inv_temperature, float distance,
+                     int32_t* ids, float* weights, double* far_mass);
+  // Appends, in order, every i with bucket[i] == wanted; returns how many.
+  int (*find_bucket)(const uint16_t* bucket, int n, uint16_t wanted, int32_t* found);
+  // The first i in [begin, n) with x[i] > threshold, or n.
   int (*first_above)(const float* x, int begin, int n, float threshold);
 };
 

@@ -152,43 +152,47 @@ double sum_exp(const float* x, int n, float max) {
   return total;
 }
 
-// bucket = floor((max - x) / temperature * scale) up to kBuckets - 1, kBuckets for -inf;
-// weight = exp((x - max) / temperature). Both fall monotonically with x.
-void bucketize(const float* x, int n, float max, float inv_temperature, float scale,
-               uint16_t* bucket, float* weight) {
-  const vf top = splat<vf>(max), inverse = splat<vf>(inv_temperature), wide = splat<vf>(scale);
-  const vf last = splat<vf>(float(kBuckets - 1)), minus = splat<vf>(-__builtin_inff());
-  const vf banned = splat<vf>(float(kBuckets));
-  float in[W];
-  int32_t index[W];
-  float w[W];
-  for (int i = 0; i < n; i += W) {
-    const int count = least(W, n - i);
-    for (int j = count; j < W; ++j) in[j] = max;
-    __builtin_memcpy(in, x + i, sizeof(float) * count);
-    const vf v = load<vf>(in);
-    const vf t = (top - v) * inverse;
-    vf b = t * wide;
-    b = b < last ? b : last;
-    b = v > minus ? b : banned;
-    store(index, __builtin_convertvector(b, vi));
-    store(w, exp_lanes(-t));
-    for (int j = 0; j < count; ++j) bucket[i + j] = uint16_t(index[j]);
-    __builtin_memcpy(weight + i, w, sizeof(float) * count);
+int near_tokens(const float* x, int n, float max, float inv_temperature, float distance, int32_t* ids,
+                float* weights, double* far_mass) {
+  const vf top = splat<vf>(max), inverse = splat<vf>(inv_temperature), limit = splat<vf>(distance);
+  const vf minus = splat<vf>(-__builtin_inff());
+  double far = 0.0;
+  int found = 0;
+  for (int i = 0; i < n;) {
+    const int stop = least(n, i + 4096);
+    vf sum = splat<vf>(0.0f);
+    for (; i < stop; i += W) {
+      const int count = least(W, n - i);
+      vf v = minus;
+      __builtin_memcpy(&v, x + i, sizeof(float) * count);
+      const vf t = (top - v) * inverse;
+      const vf weight = exp_lanes(-t);
+      const vi near = (t <= limit) & (v > minus);
+      sum += (vf)(~near & bits(weight));
+      if (!any_set(near)) continue;
+      for (int j = 0; j < count; ++j) {
+        ids[found] = i + j;
+        weights[found] = weight[j];
+        found += near[j] != 0;
+      }
+    }
+    far += double(sum_lanes(sum));
   }
+  *far_mass = far;
+  return found;
 }
 
-int find_bucket(const uint16_t* bucket, int n, uint16_t wanted, int32_t* ids) {
+int find_bucket(const uint16_t* bucket, int n, uint16_t wanted, int32_t* out) {
   int found = 0, i = 0;
   for (; i + 64 <= n; i += 64) {
     uint16_t hit = 0;
     for (int j = 0; j < 64; ++j) hit |= uint16_t(bucket[i + j] == wanted);
     if (!hit) continue;
     for (int j = 0; j < 64; ++j)
-      if (bucket[i + j] == wanted) ids[found++] = i + j;
+      if (bucket[i + j] == wanted) out[found++] = i + j;
   }
   for (; i < n; ++i)
-    if (bucket[i] == wanted) ids[found++] = i;
+    if (bucket[i] == wanted) out[found++] = i;
   return found;
 }
 
@@ -208,7 +212,7 @@ int first_above(const float* x, int begin, int n, float threshold) {
 // The table of this instruction set; `name` is what reports show.
 static const KernelTable kTable = {
     DENDRITE_NAME, attend_chunk, merge_state, finish_row, add_rms_norm, rope_store_kv, silu_mul,
-    row_stats,     sum_exp,      bucketize,   find_bucket, first_above,
+    row_stats,     sum_exp,      near_tokens, find_bucket, first_above,
 };
 
 }  // namespace dendrite::DENDRITE_ISA

@@ -1,8 +1,10 @@
 // Samples without sorting the vocabulary. Tokens are ordered by (processed logit descending, id
-// ascending) and fall into kBuckets buckets of equal width below the maximum; the buckets are in
-// that order too. Every filter keeps a prefix of the order, so a filter is one `Cut`: all tokens of
-// the buckets before `bucket` and the first `count` of that bucket's sorted tokens. Only buckets in
-// which a cut or the sampled point falls are ever sorted. Sums run in double, in a fixed order.
+// ascending). First only the tokens near the maximum are looked at; the others count as one mass, and
+// the rare draw that needs them starts again with every token. Candidates fall into buckets of equal
+// width below the maximum; the buckets are in sampling order too. Every filter keeps a prefix of the
+// order, so a filter is one `Cut`: all candidates of the buckets before `bucket` and the first `count`
+// of that bucket's sorted candidates. Only buckets in which a cut or the sampled point falls are ever
+// sorted. Sums run in double, in a fixed order.
 #include "sampling.h"
 
 #include <algorithm>
@@ -17,108 +19,147 @@
 namespace dendrite {
 namespace {
 
+constexpr int kBuckets = 2048;
+constexpr float kNear = 10.0f;  // nats below the maximum: the rest weighs less than e^-10 each
+constexpr int32_t kTooFar = -2;
+
 struct Cut {
-  int bucket;   // kBuckets: everything
-  int count;    // tokens kept of that bucket
+  int bucket;   // kBuckets: everything, far tokens included
+  int count;    // candidates kept of that bucket
   double mass;  // weight of all kept tokens
+};
+
+struct Filter {
+  float temperature;
+  int top_k;
+  float top_p, min_p;
+  double uniform;
 };
 
 class RowSampler {
  public:
-  RowSampler(const KernelTable& kernels, ThreadScratch& scratch, int vocab)
-      : kernels_(kernels), scratch_(scratch), vocab_(vocab) {}
+  RowSampler(const KernelTable& kernels, ThreadScratch& scratch, const float* x, int vocab,
+             const RowStats& stats, const Filter& filter)
+      : kernels_(kernels), x_(x), vocab_(vocab), stats_(stats), filter_(filter) {
+    inverse_ = 1.0f / filter.temperature;
+    ids_ = scratch.ids.get<int32_t>(2 * vocab + 16);
+    order_ = ids_ + vocab + 8;
+    weight_ = scratch.weight.get<float>(vocab + 1);
+    bucket_ = scratch.bucket.get<uint16_t>(vocab);
+  }
 
-  // Draws from softmax(x / temperature) after top-k, top-p and min-p. `stats` is of x, max finite.
-  int32_t draw(const float* x, const RowStats& stats, float temperature, int top_k, float top_p,
-               float min_p, double uniform) {
-    x_ = x;
-    fill_buckets(stats, temperature);
-    Cut cut = all();
-    if (top_k > 0 && top_k < cut_tokens_) cut = keep_most_likely(top_k);
-    if (top_p < 1.0f) cut = keep_mass(cut, double(top_p) * cut.mass);
-    if (min_p > 0.0f) cut = keep_near_max(cut, min_p);
-    return locate(cut, uniform * cut.mass);
+  int32_t draw() {
+    const int32_t token = draw_within(kNear);
+    return token != kTooFar ? token : draw_within(std::numeric_limits<float>::infinity());
   }
 
  private:
-  void fill_buckets(const RowStats& stats, float temperature) {
-    inverse_ = 1.0f / temperature;
-    max_ = stats.max;
+  // kTooFar when the answer depends on tokens further than `distance` below the maximum.
+  int32_t draw_within(float distance) {
+    collect(distance);
+    Cut cut = all();
+    const bool filters = keep_most_likely(cut) && keep_mass(cut) && keep_near_max(cut);
+    return filters ? locate(cut, filter_.uniform * cut.mass) : kTooFar;
+  }
+
+  void collect(float distance) {
+    far_mass_ = 0.0;
+    count_ = kernels_.near_tokens(x_, vocab_, stats_.max, inverse_, distance, ids_, weight_,
+                                  &far_mass_);
+    complete_ = distance > kNear;
+    if (complete_) far_mass_ = 0.0;
     // 64 nats below the maximum a token weighs e^-64: the last bucket may hold all of those.
-    const float range = std::min(64.0f, (stats.max - stats.min) * inverse_);
+    const float range =
+        std::min(std::min(64.0f, distance), (stats_.max - stats_.min) * inverse_);
     scale_ = range > 0.0f ? std::min(float(kBuckets - 1) / range, 1e30f) : 0.0f;
-    bucket_ = scratch_.bucket.get<uint16_t>(vocab_);
-    weight_ = scratch_.weight.get<float>(vocab_);
-    ids_ = scratch_.ids.get<int32_t>(vocab_);
-    kernels_.bucketize(x_, vocab_, max_, inverse_, scale_, bucket_, weight_);
-    std::fill(counts_, counts_ + kBuckets + 1, 0);
-    std::fill(mass_, mass_ + kBuckets + 1, 0.0);
-    for (int i = 0; i < vocab_; ++i) {
-      ++counts_[bucket_[i]];
-      mass_[bucket_[i]] += double(weight_[i]);
+    std::fill(counts_, counts_ + kBuckets, 0);
+    std::fill(mass_, mass_ + kBuckets, 0.0);
+    for (int i = 0; i < count_; ++i) {
+      const int b = bucket_of(below_max(ids_[i]));
+      bucket_[i] = uint16_t(b);
+      ++counts_[b];
+      mass_[b] += double(weight_[i]);
     }
-    cut_tokens_ = vocab_ - counts_[kBuckets];
     sorted_bucket_ = -1;
   }
 
+  float below_max(int32_t id) const { return (stats_.max - x_[id]) * inverse_; }
+  int bucket_of(float distance) const {
+    return int(std::min(distance * scale_, float(kBuckets - 1)));
+  }
+
   Cut all() const {
-    double mass = 0.0;
+    double mass = far_mass_;
     for (int b = 0; b < kBuckets; ++b) mass += mass_[b];
     return {kBuckets, 0, mass};
   }
 
-  // Leaves the tokens of a bucket in ids_, in sampling order.
+  // Leaves the candidates of a bucket in order_, in sampling order; returns how many.
   int sort_bucket(int b) {
     if (sorted_bucket_ == b) return counts_[b];
-    const int n = kernels_.find_bucket(bucket_, vocab_, uint16_t(b), ids_);
-    const float* x = x_;
-    const auto before = [x](int32_t i, int32_t j) { return x[i] != x[j] ? x[i] > x[j] : i < j; };
-    if (!std::is_sorted(ids_, ids_ + n, before)) std::sort(ids_, ids_ + n, before);
+    const int n = kernels_.find_bucket(bucket_, count_, uint16_t(b), order_);
+    const auto before = [this](int32_t i, int32_t j) {
+      const float a = x_[ids_[i]], c = x_[ids_[j]];
+      return a != c ? a > c : i < j;
+    };
+    if (!std::is_sorted(order_, order_ + n, before)) std::sort(order_, order_ + n, before);
     sorted_bucket_ = b;
     return n;
   }
+  double sorted_weight(int i) const { return double(weight_[order_[i]]); }
 
-  Cut keep_most_likely(int k) {
+  // top-k; false: too far.
+  bool keep_most_likely(Cut& cut) {
+    int left = filter_.top_k;
+    if (left <= 0 || left >= vocab_) return true;
+    if (left > count_) return complete_;
     double mass = 0.0;
-    int b = 0, left = k;
+    int b = 0;
     for (; counts_[b] < left; ++b) {
       left -= counts_[b];
       mass += mass_[b];
     }
     sort_bucket(b);
-    for (int i = 0; i < left; ++i) mass += double(weight_[ids_[i]]);
-    return {b, left, mass};
+    for (int i = 0; i < left; ++i) mass += sorted_weight(i);
+    cut = {b, left, mass};
+    return true;
   }
 
-  // The shortest prefix of `cut` whose mass reaches `wanted` (at least one token).
-  Cut keep_mass(const Cut& cut, double wanted) {
+  // top-p: the shortest prefix of `cut` whose mass reaches top_p times the cut's; false: too far.
+  bool keep_mass(Cut& cut) {
+    if (filter_.top_p >= 1.0f) return true;
+    const double wanted = double(filter_.top_p) * cut.mass;
     double mass = 0.0;
     int b = 0;
     while (b < cut.bucket && (counts_[b] == 0 || mass + mass_[b] < wanted)) mass += mass_[b++];
-    if (b >= kBuckets) return cut;
+    if (b >= kBuckets) return complete_;
     sort_bucket(b);
     const int n = b == cut.bucket ? cut.count : counts_[b];
     int kept = 0;
     while (kept < n) {
-      mass += double(weight_[ids_[kept++]]);
+      mass += sorted_weight(kept++);
       if (mass >= wanted) break;
     }
-    return {b, kept, mass};
+    cut = {b, kept, mass};
+    return true;
   }
 
-  // The prefix of `cut` whose probability is at least min_p times the largest.
-  Cut keep_near_max(const Cut& cut, float min_p) {
-    const float distance = -std::log(std::min(min_p, 1.0f));
-    const int limit = int(std::min(distance * scale_, float(kBuckets - 1)));
-    if (limit > cut.bucket) return cut;
+  // min-p: the prefix of `cut` with at least min_p times the largest probability; false: too far.
+  bool keep_near_max(Cut& cut) {
+    if (!(filter_.min_p > 0.0f)) return true;
+    const float distance = -std::log(std::min(filter_.min_p, 1.0f));
+    if (cut.bucket == kBuckets && !complete_ && distance > kNear) return false;
+    const int limit = bucket_of(distance);
+    if (limit > cut.bucket) return true;
     double mass = 0.0;
     for (int b = 0; b < limit; ++b) mass += mass_[b];
     sort_bucket(limit);
     const int n = limit == cut.bucket ? cut.count : counts_[limit];
     int kept = 0;
-    for (; kept < n && (max_ - x_[ids_[kept]]) * inverse_ <= distance; ++kept)
-      mass += double(weight_[ids_[kept]]);
-    return {limit, kept, mass};
+    for (; kept < n && below_max(ids_[order_[kept]]) <= distance; ++kept)
+      mass += sorted_weight(kept);
+    cut = {limit, kept, mass};
+    return true;
   }
 
   // First token of `cut` at which the running mass passes `target`; the last one if none does.
@@ -135,25 +176,30 @@ class RowSampler {
       }
       sort_bucket(b);
       for (int i = 0; i < n; ++i) {
-        mass += double(weight_[ids_[i]]);
-        if (mass > target) return ids_[i];
+        mass += sorted_weight(i);
+        if (mass > target) return ids_[order_[i]];
       }
     }
+    if (cut.bucket == kBuckets && !complete_) return kTooFar;
     sort_bucket(last);
-    return ids_[(last == cut.bucket ? cut.count : counts_[last]) - 1];
+    return ids_[order_[(last == cut.bucket ? cut.count : counts_[last]) - 1]];
   }
 
   const KernelTable& kernels_;
-  ThreadScratch& scratch_;
+  const float* x_;  // processed logits
   const int vocab_;
-  const float* x_ = nullptr;
-  uint16_t* bucket_ = nullptr;
-  float* weight_ = nullptr;
-  int32_t* ids_ = nullptr;
-  float max_ = 0.0f, inverse_ = 1.0f, scale_ = 1.0f;
-  int cut_tokens_ = 0, sorted_bucket_ = -1;
-  int32_t counts_[kBuckets + 1];
-  double mass_[kBuckets + 1];
+  const RowStats stats_;  // of x_; the maximum is finite
+  const Filter filter_;
+  float inverse_, scale_ = 0.0f;
+  int32_t* ids_;      // [count_] candidates, ascending
+  int32_t* order_;    // indices into ids_ of one sorted bucket
+  float* weight_;     // [count_]
+  uint16_t* bucket_;  // [count_]
+  int count_ = 0, sorted_bucket_ = -1;
+  bool complete_ = false;  // every token is a candidate
+  double far_mass_ = 0.0;
+  int32_t counts_[kBuckets];
+  double mass_[kBuckets];
 };
 
 bool has_penalty(const SamplingArrays& a, int64_t row) {
@@ -222,9 +268,8 @@ void sample_row(const KernelTable& kernels, ThreadScratch& scratch, const Sampli
   }
   const float temperature = a.temperature[row];
   if (temperature > 0.0f) {
-    RowSampler sampler(kernels, scratch, vocab);
-    *token = sampler.draw(x, stats, temperature, a.top_k[row], a.top_p[row], a.min_p[row],
-                          a.uniform[row]);
+    const Filter filter{temperature, a.top_k[row], a.top_p[row], a.min_p[row], a.uniform[row]};
+    *token = RowSampler(kernels, scratch, x, vocab, stats, filter).draw();
   } else {
     *token = stats.argmax;
   }

@@ -7,8 +7,8 @@
 namespace dendrite {
 namespace {
 
-// q-rows a block aims for: four AVX-512 tiles of 12, or eight tiles of 6.
-constexpr int kBlockQueries = 48;
+// q-rows a block aims for: enough to reuse a page well, few enough that their scores stay cached.
+constexpr int kBlockQueries = 64;
 
 [[noreturn]] void refuse(const std::string& text) { throw std::invalid_argument("plan: " + text); }
 

@@ -79,21 +79,39 @@ DENDRITE_INLINE vi splat_int(int32_t x) { return splat_to(vi{}, x); }
 DENDRITE_INLINE int least(int a, int b) { return a < b ? a : b; }
 DENDRITE_INLINE int most(int a, int b) { return a > b ? a : b; }
 
-// Sum of the lanes in one fixed tree order.
-DENDRITE_INLINE float sum_lanes(vf v) {
-  float t[W];
-  store(t, v);
-  for (int width = W / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) t[i] += t[i + width];
-  return t[0];
+// Sum and maximum of the lanes: halves are folded onto each other, always in the same order.
+DENDRITE_INLINE float sum_lanes(f4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+DENDRITE_INLINE float max_lanes(f4 v) {
+  const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+  return a > b ? a : b;
 }
-DENDRITE_INLINE float max_lanes(vf v) {
-  float t[W];
-  store(t, v);
-  float best = t[0];
-  for (int i = 1; i < W; ++i) best = t[i] > best ? t[i] : best;
-  return best;
+#if DENDRITE_LEVEL >= 2
+DENDRITE_INLINE f4 low_half(f8 v) { return _mm256_castps256_ps128(v); }
+DENDRITE_INLINE f4 high_half(f8 v) { return _mm256_extractf128_ps(v, 1); }
+DENDRITE_INLINE float sum_lanes(f8 v) { return sum_lanes(low_half(v) + high_half(v)); }
+DENDRITE_INLINE float max_lanes(f8 v) {
+  const f4 a = low_half(v), b = high_half(v);
+  return max_lanes(a > b ? a : b);
 }
+#endif
+#if DENDRITE_LEVEL >= 3
+// Not the intrinsics: GCC 12 warns about their undefined source operand.
+DENDRITE_INLINE f8 low_half(f16 v) {
+  f8 half;
+  __builtin_memcpy(&half, &v, sizeof half);
+  return half;
+}
+DENDRITE_INLINE f8 high_half(f16 v) {
+  f8 half;
+  __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
+  return half;
+}
+DENDRITE_INLINE float sum_lanes(f16 v) { return sum_lanes(low_half(v) + high_half(v)); }
+DENDRITE_INLINE float max_lanes(f16 v) {
+  const f8 a = low_half(v), b = high_half(v);
+  return max_lanes(a > b ? a : b);
+}
+#endif
 DENDRITE_INLINE bool any_set(vi mask) {
 #if DENDRITE_LEVEL >= 3
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;

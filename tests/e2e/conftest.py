@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lab_browser import ARTIFACTS, CHROMIUM_FLAGS, Lab, find_browser  # noqa: E402
+from lab_browser import CHROMIUM_FLAGS, Lab, find_browser
 
 
 @pytest.fixture(scope="session")
@@ -36,15 +36,3 @@ def browser() -> Iterator:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
         yield browser
         browser.close()
-
-
-@pytest.fixture
-def page(browser, request) -> Iterator:
-    """A page that collects errors, and leaves a screenshot and its console when a test fails."""
-    page = browser.new_page(viewport={"width": 1400, "height": 1050})
-    page.problems = []
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    yield page
-    ARTIFACTS.mkdir(exist_ok=True)
-    page.screenshot(path=ARTIFACTS / f"{request.node.name}-end.png")
-    page.close()

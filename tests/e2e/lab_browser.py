@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,8 @@ import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
+
+from playwright.sync_api import TimeoutError
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "artifacts"
@@ -48,11 +51,18 @@ class Lab:
         self._log = (directory / "lab.log").open("w")
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1",
-                f"--port={self.port}", "--ServerApp.port_retries=0", "--allow-root",
-                f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={directory}",
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--ip=127.0.0.1",
+                f"--port={self.port}",
+                "--ServerApp.port_retries=0",
+                "--allow-root",
+                f"--IdentityProvider.token={self.token}",
+                f"--ServerApp.root_dir={directory}",
                 "--LabApp.news_url=null",
-            ],  # fmt: skip
+            ],
             env=self._environment(),
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -160,10 +170,23 @@ class Kernel:
 
 
 def run_all(page: Any) -> None:
-    """Menu Run > Run All Cells, once the kernel is there."""
-    page.wait_for_selector(IDLE, timeout=90_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+    """Menu Run > Run All Cells.
+
+    A kernel that was only just started may drop the request, so it is repeated until a cell counts.
+    """
+    page.locator("#jp-main-statusbar >> text=| Idle").wait_for(timeout=90_000)
+    started = page.locator(".jp-InputPrompt", has_text=re.compile(r"\[(\d+|\*)\]")).first
+    for _ in range(8):
+        for button in page.locator(".jp-Dialog .jp-mod-accept").all():
+            button.click()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        try:
+            started.wait_for(timeout=5000)
+        except TimeoutError:
+            continue
+        return
+    raise AssertionError("no cell started after eight attempts to run all")
 
 
 def _free_port() -> int:

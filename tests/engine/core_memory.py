@@ -67,7 +67,8 @@ def check_plan(core: Any, plan: Any, branches: list[int], quotas: list[int]) -> 
         start, stop = int(plan.positions[begin]), int(plan.positions[end - 1]) + 1
         slots = row_slots(core, plan, end - 1)
         refresh = plan.slots[begin] == -1
-        found[start, stop, bool(refresh), *plan.token_ids[begin:end], *slots] += 1
+        tokens = plan.token_ids[begin:end].tolist()
+        found[(start, stop, bool(refresh), *tokens, *slots)] += 1
         assert plan.positions[begin:end].tolist() == list(range(start, stop))
         stored = [-1] if refresh else slots[start:stop]
         assert plan.slots[begin:end].tolist() == stored

@@ -13,9 +13,10 @@ from dendrite_engine.cache import make_core
 from dendrite_engine.errors import DendriteError
 
 PLAN_ARRAYS = (
-    "token_ids positions slots copies logits_row item_indptr node_pos node_len node_row_begin "
-    "node_row_end node_page_indptr page_indices num_tokens num_items num_nodes"
-).split()
+    *("token_ids", "positions", "slots", "copies", "logits_row", "item_indptr"),
+    *("node_pos", "node_len", "node_row_begin", "node_row_end"),
+    *("node_page_indptr", "page_indices", "num_tokens", "num_items", "num_nodes"),
+)
 ERROR_NUMBERS = ("need", "free", "cached", "live", "budget")
 
 

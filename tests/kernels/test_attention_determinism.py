@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tree_cases import Segment, TreeCase, attend, random_segments
@@ -59,6 +61,14 @@ def test_the_thread_count_changes_nothing(isa, case, window):
         for threads in (1, 2, 3, 64)
     ]
     assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_threads_that_share_one_implementation_do_not_disturb_each_other(native):
+    cases = [make() for make in CASES.values()]
+    expected = [attend(native, case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: attend(native, cases[i % 4]), range(24)))
+    assert all(torch.equal(result, expected[i % 4]) for i, result in enumerate(results))
 
 
 def test_reusing_scratch_between_different_batches_changes_nothing(native):

@@ -9,7 +9,7 @@ import torch
 from dendrite_engine.errors import InvalidArgument
 
 NAN = float("nan")
-ROWS = [0, 1, 2, 17, 200]
+ROWS = [0, 1, 17, 200]
 
 
 def randn(*shape, seed=0):
@@ -78,9 +78,10 @@ def rope_case(rows, dim, page_size=16, heads=3, kv_heads=2):
     return case
 
 
-@pytest.mark.parametrize("rows", [0, 1, 6, 40])
-@pytest.mark.parametrize("dim", [2, 8, 64, 80, 128, 256])
-@pytest.mark.parametrize("page_size", [8, 16, 32])
+@pytest.mark.parametrize("rows", [0, 1, 40])
+@pytest.mark.parametrize(
+    ("dim", "page_size"), [(2, 8), (8, 16), (64, 16), (80, 8), (128, 32), (256, 16)]
+)
 @pytest.mark.parametrize("normed", [False, True])
 def test_rope_rotates_and_stores(ops, rows, dim, page_size, normed):
     case = rope_case(rows, dim, page_size)
@@ -159,6 +160,24 @@ def test_silu_mul_of_extreme_gates_is_finite(ops):
     ops.silu_mul(torch.cat((gates, torch.ones(1, 7)), dim=1), out)
     expected = torch.tensor([[0.0, 0.0, 0.0, 0.0, 88.0, 500.0, 1e30]])
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_exponential_is_accurate_to_the_last_bits(native):
+    """Below -17, silu(x) is x / exp(-x) in fp32, so its error is that of exp and one division."""
+    x = torch.linspace(-80, -17, 40_000).reshape(1, -1)
+    out = torch.empty_like(x)
+    native.silu_mul(torch.cat((x, torch.ones_like(x)), dim=1), out)
+    exact = x.double() / torch.exp(-x.double())
+    assert float(((out.double() - exact) / exact).abs().max()) < 2.6e-7
+
+
+def test_a_value_gives_the_same_bits_in_every_lane(native):
+    for width in (1, 3, 16, 37):
+        gate_up, out = torch.full((2, 2 * width), -3.7), torch.empty(2, width)
+        native.silu_mul(gate_up, out)
+        one = torch.empty(1, 1)
+        native.silu_mul(torch.full((1, 2), -3.7), one)
+        assert torch.equal(out, one.expand_as(out))
 
 
 def test_nan_passes_through(ops):

@@ -47,20 +47,16 @@ def hf_beam(reference, ids, max_tokens, **options):
 
 
 @pytest.mark.parametrize(
-    ("length_penalty", "early_stopping", "count", "max_tokens"),
-    [
-        (1.0, False, 4, 24),
-        (0.6, True, 1, 24),
-        (2.0, "never", 1, 24),
-        pytest.param(1.0, False, 10, 64, marks=pytest.mark.long),
-    ],
+    ("length_penalty", "early_stopping", "prompts"),
+    [(1.0, False, PROMPTS), (0.6, True, PROMPTS[:1]), (2.0, "never", PROMPTS[2:3])],
 )
 def test_beam_search_equals_transformers(
-    smollm2, reference, length_penalty, early_stopping, count, max_tokens
+    smollm2, reference, beam_size, length_penalty, early_stopping, prompts
 ):
+    count, max_tokens = beam_size
     options = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     search = BeamSearch(width=4, max_tokens=max_tokens, **options)
-    for prompt in PROMPTS[:count]:
+    for prompt in prompts[:count]:
         root = smollm2.prompt(prompt)
         expected = hf_beam(reference, root.token_ids, max_tokens, **options)
         result = smollm2.search(root, search).wait(300)

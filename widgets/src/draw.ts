@@ -86,9 +86,9 @@ function edgeRange(layout: Layout, depth: number, y0: number, y1: number, scene:
 function addEdge(path: Path2D, above: Placed, below: Placed, m: Metrics, view: Viewport): void {
   const a = nodeRect(above, m);
   const b = nodeRect(below, m);
-  const x0 = a.x1 * view.scale + view.tx;
+  const x0 = a.x1 * view.scaleX + view.tx;
   const y0 = ((a.y0 + a.y1) / 2) * view.scale + view.ty;
-  const x1 = b.x0 * view.scale + view.tx;
+  const x1 = b.x0 * view.scaleX + view.tx;
   const y1 = ((b.y0 + b.y1) / 2) * view.scale + view.ty;
   path.moveTo(x0, y0);
   if (view.scale < CHIP_SCALE) path.lineTo(x1, y1);
@@ -97,8 +97,8 @@ function addEdge(path: Path2D, above: Placed, below: Placed, m: Metrics, view: V
 
 function screenRect(scene: Scene, placed: Placed): { x: number; y: number; w: number; h: number } {
   const r = nodeRect(scene.placeOf(placed), scene.metrics);
-  const { scale, tx, ty } = scene.view;
-  return { x: r.x0 * scale + tx, y: r.y0 * scale + ty, w: (r.x1 - r.x0) * scale, h: (r.y1 - r.y0) * scale };
+  const { scale, scaleX, tx, ty } = scene.view;
+  return { x: r.x0 * scaleX + tx, y: r.y0 * scale + ty, w: (r.x1 - r.x0) * scaleX, h: (r.y1 - r.y0) * scale };
 }
 
 function drawCard(ctx: Context, scene: Scene, placed: Placed): void {

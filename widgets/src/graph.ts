@@ -24,6 +24,7 @@ export interface GraphEvents {
 
 const MOVE_MS = 180;
 const MOVE_MAX_NODES = 1500;
+const READABLE = 0.5; // below this a tree that fits is too small to read
 const COMFORTABLE = 0.72;
 
 export class Graph {
@@ -34,7 +35,8 @@ export class Graph {
   drawnNodes = 0;
   lastFrameMs = 0;
   private hover = 0;
-  private auto = true;
+  /** What happens to the view when the tree changes: kept readable, kept whole, or left alone. */
+  private follow: "auto" | "all" | "manual" = "auto";
   private frame = 0;
   private moved: { from: Map<number, Placed>; start: number } | undefined;
   private readonly reduced = matchMedia("(prefers-reduced-motion: reduce)");
@@ -64,7 +66,7 @@ export class Graph {
     if (before.at.size && this.layout.at.size <= MOVE_MAX_NODES && !this.reduced.matches) {
       this.moved = { from: before.at, start: performance.now() };
     }
-    if (this.auto) this.autoFit();
+    this.autoFit();
     this.invalidate();
   }
 
@@ -74,21 +76,37 @@ export class Graph {
     this.view.height = Math.max(1, height);
     this.canvas.width = Math.round(this.view.width * ratio);
     this.canvas.height = Math.round(this.view.height * ratio);
-    if (this.auto) this.autoFit();
-    this.invalidate();
+    this.autoFit();
+    // A resized canvas is blank: draw now, not a frame later.
+    cancelAnimationFrame(this.frame);
+    this.render(performance.now());
   }
 
   /** Show the whole tree, however small it gets. */
   fit(): void {
-    this.auto = true;
-    this.view.fit(layoutBounds(this.layout, this.metrics));
+    this.follow = "all";
+    this.autoFit();
     this.invalidate();
   }
 
   zoom(factor: number): void {
-    this.auto = false;
-    this.view.zoomAt(this.view.width / 2, this.view.height / 2, factor);
+    this.follow = "manual";
+    const { x, y } = this.anchor();
+    this.view.zoomAt(x, y, factor);
     this.invalidate();
+  }
+
+  /** Where zooming by key or button aims: the selected node while it is in sight, else the middle. */
+  private anchor(): { x: number; y: number } {
+    const { width, height, scale, scaleX, tx, ty } = this.view;
+    const placed = this.layout.at.get(this.state.primary);
+    if (placed) {
+      const rect = nodeRect(placed, this.metrics);
+      const x = ((rect.x0 + rect.x1) / 2) * scaleX + tx;
+      const y = ((rect.y0 + rect.y1) / 2) * scale + ty;
+      if (x >= 0 && x <= width && y >= 0 && y <= height) return { x, y };
+    }
+    return { x: width / 2, y: height / 2 };
   }
 
   reveal(id: number): void {
@@ -102,10 +120,13 @@ export class Graph {
     if (!this.frame) this.frame = requestAnimationFrame((now) => this.render(now));
   }
 
-  /** Until someone pans or zooms: all of a small tree, a readable part around the selection else. */
+  /** Until someone pans or zooms: all of a small tree, else a readable part around the selection. */
   private autoFit(): void {
-    this.view.fit(layoutBounds(this.layout, this.metrics), 28, 1, COMFORTABLE);
-    if (this.view.scale > COMFORTABLE) return;
+    if (this.follow === "manual") return;
+    const bounds = layoutBounds(this.layout, this.metrics);
+    this.view.fit(bounds);
+    if (this.follow === "all" || this.view.scale >= READABLE) return;
+    this.view.fit(bounds, 28, 1, COMFORTABLE);
     this.view.tx = 28;
     const focus = this.layout.at.get(this.state.primary) ?? this.layout.columns[0]?.[0];
     if (focus) this.reveal(focus.id);
@@ -121,6 +142,13 @@ export class Graph {
     const began = performance.now();
     this.drawnNodes = draw(ctx, this.scene(now, easeOut(t)), window.devicePixelRatio || 1);
     this.lastFrameMs = performance.now() - began;
+    // For tests and bug reports: what is on screen, and where.
+    const { scale, tx, ty } = this.view;
+    Object.assign(this.canvas.dataset, {
+      drawn: String(this.drawnNodes),
+      view: [scale, tx, ty].map((n) => n.toFixed(3)).join(" "),
+      frameMs: this.lastFrameMs.toFixed(1),
+    });
     this.events.drawn();
     if (this.moved || (streaming && this.anyVisibleStreaming())) this.invalidate();
   }
@@ -190,7 +218,7 @@ export class Graph {
       const dy = event.clientY - drag.y;
       if (!drag.moved && Math.hypot(dx, dy) < 4) return;
       drag = { x: event.clientX, y: event.clientY, moved: true };
-      this.auto = false;
+      this.follow = "manual";
       canvas.style.cursor = "grabbing";
       this.view.pan(dx, dy);
       this.invalidate();
@@ -222,7 +250,7 @@ export class Graph {
     const focused = this.canvas.closest(".dl-root")?.contains(document.activeElement) ?? false;
     if (!zooming && !focused) return;
     event.preventDefault();
-    this.auto = false;
+    this.follow = "manual";
     const box = this.canvas.getBoundingClientRect();
     if (zooming) {
       this.view.zoomAt(event.clientX - box.left, event.clientY - box.top, Math.exp(-event.deltaY * 0.0022));

@@ -15,12 +15,16 @@ export interface Rect {
   y1: number;
 }
 
-export const MIN_SCALE = 0.01;
+export const MIN_SCALE = 0.0005;
 export const MAX_SCALE = 2.5;
 
-/** Screen = world * scale + (tx, ty). */
+/** Below this scale only rows shrink further: far out, a tall tree must not become a thread. */
+export const STRETCH_TO = 0.2;
+
+/** Screen = world * (scaleX, scale) + (tx, ty); the two scales differ only far out. */
 export class Viewport {
   scale = 1;
+  private stretch = 1;
   tx = 0;
   ty = 0;
   width = 1;
@@ -28,10 +32,14 @@ export class Viewport {
 
   zoomAt(x: number, y: number, factor: number): void {
     const next = clamp(this.scale * factor, MIN_SCALE, MAX_SCALE);
-    const ratio = next / this.scale;
-    this.tx = x - (x - this.tx) * ratio;
-    this.ty = y - (y - this.ty) * ratio;
+    const [oldX, oldY] = [this.scaleX, this.scale];
     this.scale = next;
+    this.tx = x - ((x - this.tx) * this.scaleX) / oldX;
+    this.ty = y - ((y - this.ty) * this.scale) / oldY;
+  }
+
+  get scaleX(): number {
+    return Math.max(this.scale, Math.min(this.scale * this.stretch, STRETCH_TO));
   }
 
   pan(dx: number, dy: number): void {
@@ -45,14 +53,15 @@ export class Viewport {
     const h = Math.max(1, bounds.y1 - bounds.y0);
     const room = Math.min((this.width - 2 * padding) / w, (this.height - 2 * padding) / h);
     this.scale = clamp(Math.min(room, maxScale), minScale, MAX_SCALE);
-    this.tx = (this.width - w * this.scale) / 2 - bounds.x0 * this.scale;
+    this.stretch = Math.max(1, (this.width - 2 * padding) / (w * this.scale));
+    this.tx = (this.width - w * this.scaleX) / 2 - bounds.x0 * this.scaleX;
     this.ty = (this.height - h * this.scale) / 2 - bounds.y0 * this.scale;
   }
 
   /** Move as little as needed for `rect` to be inside, `margin` screen pixels from the edges. */
   reveal(rect: Rect, margin = 24): void {
-    const x0 = rect.x0 * this.scale + this.tx;
-    const x1 = rect.x1 * this.scale + this.tx;
+    const x0 = rect.x0 * this.scaleX + this.tx;
+    const x1 = rect.x1 * this.scaleX + this.tx;
     const y0 = rect.y0 * this.scale + this.ty;
     const y1 = rect.y1 * this.scale + this.ty;
     this.tx += nudge(x0, x1, this.width, margin);
@@ -60,7 +69,7 @@ export class Viewport {
   }
 
   toWorld(x: number, y: number): { x: number; y: number } {
-    return { x: (x - this.tx) / this.scale, y: (y - this.ty) / this.scale };
+    return { x: (x - this.tx) / this.scaleX, y: (y - this.ty) / this.scale };
   }
 
   visible(): Rect {

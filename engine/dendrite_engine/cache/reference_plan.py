@@ -150,4 +150,4 @@ class PlanArrays:
 
 
 def _int32(values: object) -> Int32Array:
-    return np.array(list(values), dtype=np.int32)  # type: ignore[call-overload,no-any-return]
+    return np.array(list(values), dtype=np.int32)  # type: ignore[call-overload]

@@ -215,6 +215,7 @@ class SegmentTree:
                 return None
             child.pending_src = -1
             self.drop_page(upper)
+            self.pool.unseal(upper)
             if lower in self.pool.retained:
                 self.pool.retained.add(upper)
             self.drop_page(lower)
@@ -341,8 +342,9 @@ class SegmentTree:
         if computed:
             items = sorted(items, key=lambda item: item.start)  # pages enter the index root first
             for item in items:
-                if item.segment is not None and item.stop > item.segment.computed:
-                    self._mark_computed(item.segment, item.stop)
+                segment = item.segment
+                if segment is not None and item.start <= segment.computed < item.stop:
+                    self._mark_computed(segment, item.stop)
         for item in items:  # merges that had to wait for the copies of this plan
             segment = item.segment
             while segment is not None and (parent := segment.parent) is not None:

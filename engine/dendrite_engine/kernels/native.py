@@ -37,7 +37,7 @@ def _refuse(operation: str, **tensors: tuple[torch.Tensor, tuple[int, ...]]) -> 
 
 
 def _ints(array: IntArray) -> NDArray[np.int32]:
-    return array.numpy() if isinstance(array, torch.Tensor) else array
+    return array if type(array) is np.ndarray else torch.as_tensor(array).numpy()
 
 
 class NativeKernels:
@@ -61,6 +61,7 @@ class NativeKernels:
             raise InvalidArgument(str(error)) from error
         self._follow_torch = threads is None
         self._plan: PlanArrays | None = None
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None  # last cos, sin that passed
         self._schedules: dict[tuple[int, int, int], _cpu.Schedule] = {}
 
     @property
@@ -98,16 +99,17 @@ class NativeKernels:
         out: torch.Tensor, scale: float, window: int = 0,
     ) -> None:  # fmt: skip
         """See `Kernels.tree_attention`. O(tokens that the rows see)."""
-        rows, heads, dim = q.shape
-        pages, kv_heads, _, page_size = k_pages.shape
+        shape = rows, heads, dim = q.shape
+        pages, kv_heads, depth, page_size = k_pages.shape
         try:
             schedule = self._schedule(plan, page_size, window, heads // kv_heads)
             if not (
-                out.shape == q.shape
-                and k_pages.shape[2] == dim
+                out.shape == shape and depth == dim and schedule.num_rows == rows
                 and v_pages.shape == (pages, kv_heads, page_size, dim)
-                and schedule.num_rows == rows
-                and _usable(q) and _usable(k_pages) and _usable(v_pages) and _usable(out)
+                and q.dtype is k_pages.dtype is v_pages.dtype is out.dtype is _F32
+                and q.is_contiguous() and out.is_contiguous() and q.is_cpu and out.is_cpu
+                and k_pages.is_contiguous() and v_pages.is_contiguous()
+                and k_pages.is_cpu and v_pages.is_cpu
             ):  # fmt: skip
                 _refuse(
                     "tree_attention",
@@ -130,11 +132,13 @@ class NativeKernels:
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         """See `Kernels.add_rms_norm`. O(T * width)."""
-        rows, width = x.shape
+        shape = rows, width = x.shape
         if not (
-            out.shape == x.shape and weight.shape == (width,)
-            and _usable(x) and _usable(weight) and _usable(out)
-            and (residual is None or (residual.shape == x.shape and _usable(residual)))
+            out.shape == shape and weight.shape == (width,)
+            and x.dtype is weight.dtype is out.dtype is _F32
+            and x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
+            and x.is_cpu and weight.is_cpu and out.is_cpu
+            and (residual is None or (residual.shape == shape and _usable(residual)))
         ):  # fmt: skip
             _refuse(
                 "add_rms_norm",
@@ -155,16 +159,15 @@ class NativeKernels:
     ) -> None:  # fmt: skip
         """See `Kernels.rope_store_kv`. O(T * row width)."""
         rows, heads, dim = q_out.shape
-        pages, kv_heads, _, page_size = k_pages.shape
-        norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+        pages, kv_heads, depth, page_size = k_pages.shape
+        positions_known = self._check_tables(cos, sin, dim // 2)
         if not (
-            qkv.shape == (rows, (heads + 2 * kv_heads) * dim)
-            and k_pages.shape[2] == dim
+            qkv.shape == (rows, (heads + 2 * kv_heads) * dim) and depth == dim
             and v_pages.shape == (pages, kv_heads, page_size, dim)
-            and cos.shape == sin.shape and cos.shape[1] == dim // 2
-            and _usable(qkv) and _usable(q_out) and _usable(k_pages) and _usable(v_pages)
-            and _usable(cos) and _usable(sin)
-            and all(norm.shape == (dim,) and _usable(norm) for norm in norms)
+            and qkv.dtype is q_out.dtype is k_pages.dtype is v_pages.dtype is _F32
+            and qkv.is_contiguous() and q_out.is_contiguous() and qkv.is_cpu and q_out.is_cpu
+            and k_pages.is_contiguous() and v_pages.is_contiguous()
+            and k_pages.is_cpu and v_pages.is_cpu
         ):  # fmt: skip
             _refuse(
                 "rope_store_kv",
@@ -172,20 +175,30 @@ class NativeKernels:
                 q_out=(q_out, (rows, heads, dim)),
                 k_pages=(k_pages, (pages, kv_heads, dim, page_size)),
                 v_pages=(v_pages, (pages, kv_heads, page_size, dim)),
-                cos=(cos, (len(cos), dim // 2)),
-                sin=(sin, (len(cos), dim // 2)),
-                **{f"norm {i}": (norm, (dim,)) for i, norm in enumerate(norms)},
             )
+        for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+            if norm is not None and (norm.shape != (dim,) or not _usable(norm)):
+                _refuse("rope_store_kv", **{name: (norm, (dim,))})
         try:
             self._context.rope_store_kv(
                 qkv.data_ptr(), _ints(positions), cos.data_ptr(), sin.data_ptr(), _ints(slots),
                 k_pages.data_ptr(), v_pages.data_ptr(), q_out.data_ptr(),
                 0 if q_norm is None else q_norm.data_ptr(),
                 0 if k_norm is None else k_norm.data_ptr(),
-                eps, rows, heads, kv_heads, dim, page_size, pages, len(cos),
+                eps, rows, heads, kv_heads, dim, page_size, pages, positions_known,
             )  # fmt: skip
         except ValueError as error:
             raise InvalidArgument(f"rope_store_kv: {error}") from error
+
+    def _check_tables(self, cos: torch.Tensor, sin: torch.Tensor, half: int) -> int:
+        """Positions in the rotary tables; tables that passed once are known by identity."""
+        length, width = cos.shape
+        known = self._tables is not None and cos is self._tables[0] and sin is self._tables[1]
+        if not known or width != half:
+            if sin.shape != cos.shape or width != half or not _usable(cos) or not _usable(sin):
+                _refuse("rope_store_kv", cos=(cos, (length, half)), sin=(sin, (length, half)))
+            self._tables = (cos, sin)
+        return length
 
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """See `Kernels.silu_mul`. O(T * f)."""

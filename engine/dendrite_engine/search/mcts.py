@@ -71,7 +71,7 @@ class MCTS(Search[MCTSState]):
         expansion: `sample` draws the child's tokens; `top_k` begins the n-th child of a node with
             the n-th most likely token, then samples.
         stop: strings that end the text, so that the node is terminal; `None` keeps those of
-            `sampling`.
+            `sampling`. A string that spans two nodes is not seen.
         sampling: how tokens are drawn; `None` for temperature 1.
         normalise: `none` wants values in [0, 1]; `minmax` scales all values seen so far to [0, 1]
             when selecting (Schrittwieser et al., MuZero, Nature 2020, appendix B).

@@ -146,10 +146,9 @@ class SearchSession:
         self.emit("budget", self.root.id, self.meter.columns())
 
     def _verdict(self, outcomes: Sequence[Outcome]) -> str | None:
-        if self.state.reason is None and all(o.finish_reason == "out_of_pages" for o in outcomes):
-            return "pages"
         reason: str | None = self.state.reason
-        return reason
+        no_pages = all(outcome.finish_reason == "out_of_pages" for outcome in outcomes)
+        return "pages" if no_pages and reason in (None, "exhausted") else reason
 
     def apply(self, change: Callable[[], None]) -> None:
         """Carry out a change from outside between two batches, then do what it asks of branches."""
