@@ -9,16 +9,14 @@ if TYPE_CHECKING:
     from dendrite_lab import plots
     from dendrite_lab.explorer import Explorer
     from dendrite_lab.panel import SearchPanel
-    from dendrite_lab.text_tree import text_tree
 
 __version__ = "0.1.0"
 
-__all__ = ["Explorer", "SearchPanel", "plots", "text_tree"]
+__all__ = ["Explorer", "SearchPanel", "plots"]
 
 _HOMES = {
     "Explorer": "dendrite_lab.explorer",
     "SearchPanel": "dendrite_lab.panel",
-    "text_tree": "dendrite_lab.text_tree",
 }
 
 

@@ -1,7 +1,8 @@
 """Takes commands from any thread, carries them out on two worker threads, and answers each once.
 
 Handlers of front-end messages must return at once (they may run while a cell is busy, on the main
-shell or on a subshell), so they only check and enqueue. Quick operations never wait behind slow ones.
+shell or on a subshell), so they only check and enqueue. Quick operations never wait behind slow
+ones.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ _MIN_HEIGHT, _MAX_HEIGHT = 240, 4000
 class Explorer(anywidget.AnyWidget):
     """A live view of an engine's branches: fork, continue, edit and prune them where you see them.
 
-    Clicks work while a cell is busy: they are handled on threads of their own. Where there is no front
-    end the explorer shows as a plain-text tree.
+    Clicks work while a cell is busy: they are handled on threads of their own. Where there is no
+    front end the explorer shows as a plain-text tree.
 
     Args:
         engine: the engine whose branches to show.
@@ -52,6 +52,7 @@ class Explorer(anywidget.AnyWidget):
     _height = traitlets.Int(520).tag(sync=True)
     _defaults = traitlets.Dict().tag(sync=True)
     _fallback = traitlets.Unicode("").tag(sync=True)
+    _is_closed = True  # until __init__ succeeded: ipywidgets closes half-made widgets too
 
     def __init__(
         self,
@@ -134,7 +135,9 @@ class Explorer(anywidget.AnyWidget):
         self._session.watch_search(handle)
         self._publisher.kick()
 
-    def simulate(self, op: str, *, node: int = 0, timeout: float = 60.0, **args: Any) -> dict[str, Any]:
+    def simulate(
+        self, op: str, *, node: int = 0, timeout: float = 60.0, **args: Any
+    ) -> dict[str, Any]:
         """Do what a click does, through the same path, and return the reply.
 
         Makes a notebook's actions run where there is no browser. Operations: fork, generate, stop,
@@ -215,4 +218,6 @@ def _check(engine: Any, prompt: Any, root: Any, height: int) -> None:
     if root is not None and not root.is_alive:
         raise StaleBranch(f"branch {root.id} was pruned; its tokens and pages are gone")
     if not isinstance(height, int) or not _MIN_HEIGHT <= height <= _MAX_HEIGHT:
-        raise InvalidArgument(f"height must be in {_MIN_HEIGHT}..{_MAX_HEIGHT} pixels, got {height!r}")
+        raise InvalidArgument(
+            f"height must be in {_MIN_HEIGHT}..{_MAX_HEIGHT} pixels, got {height!r}"
+        )

@@ -90,7 +90,8 @@ def follow(
     """Keep `widget` up to date; the `LiveFigure` is also its attribute `live`."""
     answer_on_sender(widget)
     live = LiveFigure(widget, read, ended, name)
-    # FigureWidget refuses unknown attributes through its own __setattr__; the thread must be reachable.
+    # FigureWidget refuses unknown attributes through its own __setattr__; the thread must be
+    # reachable.
     object.__setattr__(widget, "live", live)
     return live.start()
 

@@ -1,8 +1,9 @@
-"""What each command of the Explorer does to the engine. One method an operation, no widget in sight.
+"""What each command of the Explorer does to the engine. One method an operation, no widget in
+sight.
 
 Methods take a checked `Command` and return a JSON-serialisable result; they raise `DendriteError`s.
-Structural verbs go straight to the core, generation is submitted to the engine thread: neither waits
-for a decode step. `SLOW` operations compute, so they wait for the engine.
+Structural verbs go straight to the core, generation is submitted to the engine thread: neither
+waits for a decode step. `SLOW` operations compute, so they wait for the engine.
 """
 
 from __future__ import annotations
@@ -95,7 +96,11 @@ class Operations:
         model, found = self.session.model, []
         for below in model.subtree(piece):
             run = model.runs[below.key]
-            if run.alive and below.start == run.start and below.node == model.pieces(run.key)[0].node:
+            if (
+                run.alive
+                and below.start == run.start
+                and below.node == model.pieces(run.key)[0].node
+            ):
                 branch = self.session.branch(run.key)
                 if branch is not None:
                     found.append(branch)

@@ -72,8 +72,8 @@ def read_page_map(engine: Any, max_branches: int) -> PageMap:
 def pages_read(segments: list[Any], page_size: int) -> list[int]:
     """Page ids that a branch reads along its path, root first.
 
-    Where it wrote into a copy of a shared partial page, it reads the copy in the original's place; the
-    original is held all the same, by the segment above.
+    Where it wrote into a copy of a shared partial page, it reads the copy in the original's place;
+    the original is held all the same, by the segment above.
     """
     places: dict[int, int] = {}
     for _, start, _, _, pages in segments:

@@ -18,11 +18,11 @@ _MAX_BEST_TEXT = 2000
 _COUNTERS = ("state", "iterations", "nodes", "tokens", "tokens/s", "seconds", "best value")
 
 
-class SearchPanel(widgets.VBox):
+class SearchPanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """Start, pause, step and stop a search, and change its options while it runs.
 
-    Buttons work while a cell is busy. Every button is also a method, so a notebook without a front end
-    can do the same.
+    Buttons work while a cell is busy. Every button is also a method, so a notebook without a front
+    end can do the same.
 
     Args:
         engine: the engine to search with.
@@ -74,7 +74,8 @@ class SearchPanel(widgets.VBox):
         answer_all_on_sender(self)
         self._refresh()
 
-    # ---- verbs; each returns at once --------------------------------------------------------------
+    # ---- verbs; each returns at once
+    # --------------------------------------------------------------
 
     def start(self, *, paused: bool = False) -> Any:
         """Start a new search with the options shown; returns its handle.
@@ -124,7 +125,8 @@ class SearchPanel(widgets.VBox):
         self._closing.set()
         super().close()
 
-    # ---- building ---------------------------------------------------------------------------------
+    # ---- building
+    # ---------------------------------------------------------------------------------
 
     def _build_controls(self) -> None:
         self._buttons: dict[str, widgets.Button] = {}
@@ -144,8 +146,9 @@ class SearchPanel(widgets.VBox):
         live = self._algorithm.live_options & known
         if "exploration" in live:
             self._sliders["exploration"] = widgets.FloatSlider(
-                value=self._algorithm.exploration, min=0.0, max=max(4.0, self._algorithm.exploration),
-                step=0.05, description="exploration", continuous_update=False, readout_format=".2f",
+                value=self._algorithm.exploration, min=0.0, max=max(4.0,
+                self._algorithm.exploration), step=0.05, description="exploration",
+                continuous_update=False, readout_format=".2f",
             )  # fmt: skip
         if "width" in live:
             self._sliders["width"] = widgets.IntSlider(
@@ -188,7 +191,8 @@ class SearchPanel(widgets.VBox):
 
         return handler
 
-    # ---- inside -------------------------------------------------------------------------------------
+    # ---- inside
+    # -------------------------------------------------------------------------------------
 
     def _options(self) -> Any:
         return replace(self._algorithm, **{name: s.value for name, s in self._sliders.items()})

@@ -1,8 +1,9 @@
-"""Plotly figures of memory and search: which pages are shared by whom, and how a search sees its nodes.
+"""Plotly figures of memory and search: which pages are shared by whom, and how a search sees its
+nodes.
 
-Each function returns a `go.Figure`, or with `live=True` a `go.FigureWidget` that a thread keeps up to
-date until what it shows has ended or the figure is closed. Colours are safe for colour-blind readers;
-backgrounds are transparent, so figures fit light and dark notebooks.
+Each function returns a `go.Figure`, or with `live=True` a `go.FigureWidget` that a thread keeps up
+to date until what it shows has ended or the figure is closed. Colours are safe for colour-blind
+readers; backgrounds are transparent, so figures fit light and dark notebooks.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ _COLORBAR = {
     "title": {"text": "held by"}, "thickness": 12, "outlinewidth": 0, "tickformat": "d",
     "lenmode": "pixels", "len": 160, "y": 1, "yanchor": "top", "nticks": 5,
 }  # fmt: skip
-_HOLDERS = [[0.0, "#f3d9a4"], [0.01, "#cfe3f3"], [0.35, "#7fb6dc"], [0.7, "#2f7fbd"], [1.0, "#08407c"]]
+_HOLDERS = [
+    [0.0, "#f3d9a4"],
+    [0.01, "#cfe3f3"],
+    [0.35, "#7fb6dc"],
+    [0.7, "#2f7fbd"],
+    [1.0, "#08407c"],
+]
 
 
 def memory(engine: Any, *, live: bool = False, max_branches: int = MAX_BRANCHES) -> go.Figure:
     """Which KV pages each branch holds, and how many branches share each page.
 
-    One row a branch (in tree order, so sharers are neighbours), one column a page along the branch's
-    path; the number in a cell is the page id, its colour how many branches hold that page.
+    One row a branch (in tree order, so sharers are neighbours), one column a page along the
+    branch's path; the number in a cell is the page id, its colour how many branches hold that page.
 
     Args:
         engine: the engine whose pages to show.
@@ -187,7 +194,13 @@ def _style(figure: go.Figure, *, x: str = "", y: str = "", height: int = 320) ->
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": _GREY, "size": 12},
-        title={"font": {"size": 14}, "x": 0, "xanchor": "left", "xref": "container", "pad": {"l": 12}},
+        title={
+            "font": {"size": 14},
+            "x": 0,
+            "xanchor": "left",
+            "xref": "container",
+            "pad": {"l": 12},
+        },
         margin={"l": 76, "r": 24, "t": 48, "b": 48},
         height=height,
     )

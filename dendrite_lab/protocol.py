@@ -1,8 +1,8 @@
 """Wire format between the Explorer's Python side and its front end. Pure: no engine, no widget.
 
-Python sends `frame` messages (a JSON header and one buffer of packed columns) and one `reply` a command.
-The front end sends `hello`, `snapshot`, `ack` and `cmd`. Frames are numbered: a front end that sees a
-gap asks for a snapshot and ignores deltas until it comes.
+Python sends `frame` messages (a JSON header and one buffer of packed columns) and one `reply` a
+command. The front end sends `hello`, `snapshot`, `ack` and `cmd`. Frames are numbered: a front end
+that sees a gap asks for a snapshot and ignores deltas until it comes.
 """
 
 from __future__ import annotations
@@ -187,9 +187,9 @@ def number(args: Mapping[str, Any], name: str, default: float | None, low: float
     """A finite number argument, at least `low`; `default` None makes it required."""
     value = args.get(name, default)
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or value < low:  # type: ignore[arg-type]
+    if not good or not math.isfinite(value) or value < low:
         raise InvalidArgument(f"{name} must be a finite number >= {low:g}, got {value!r:.80}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def text(args: Mapping[str, Any], name: str = "text") -> str:

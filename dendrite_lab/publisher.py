@@ -1,7 +1,7 @@
 """Sends the tree to the front end: at most 20 frames a second, at most two of them unanswered.
 
-Changes are marked in the session, so a slow or absent front end costs nothing: what it missed is folded
-into the next frame, newest value wins, and memory never grows with the number of tokens.
+Changes are marked in the session, so a slow or absent front end costs nothing: what it missed is
+folded into the next frame, newest value wins, and memory never grows with the number of tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class Source(Protocol):
 
     totals: dict[str, Any]
 
-    def collect(self, *, snapshot: bool) -> tuple[list[NodeRow], list[str], list[int]]: ...
+    def collect(self, *, snapshot: bool) -> tuple[list[NodeRow], list[str], list[int]]:
+        """Rows, texts and removed nodes since the last call, or of everything."""
+        ...
 
 
 class Publisher:
@@ -100,7 +102,7 @@ class Publisher:
             return self._sent - self._acked
 
     def tick(self) -> bool:
-        """Send one frame if anything changed and the front end can take it; returns whether it did."""
+        """Send one frame if something changed and the front end can take it; tells whether."""
         with self._lock:
             ready = self._connected and self._sent - self._acked < FRAMES_IN_FLIGHT
             snapshot = self._snapshot

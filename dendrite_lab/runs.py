@@ -1,8 +1,8 @@
 """Runs: what each branch contributed to the tree, folded from the engine's event log.
 
 A branch contributes the tokens from its fork position to its end: that is its run. Pruned branches
-whose tokens live on below them stay as runs without a handle, as do tokens that a branch rolled back
-from but its children still hold (a ghost run). Nothing here calls the engine.
+whose tokens live on below them stay as runs without a handle, as do tokens that a branch rolled
+back from but its children still hold (a ghost run). Nothing here calls the engine.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class RunTree:
         self._next_ghost = -1
 
     def apply(self, event: Event) -> None:
-        """Fold one event in. Kinds that don't change the tree, and unknown branches, are ignored."""
+        """Fold one event in; other kinds, and unknown branches, change nothing."""
         key, data = event.branch_id, event.data
         if event.kind == "prompt":
             self.add_root(key, data["tokens"])

@@ -107,9 +107,8 @@ class Session:
         elif key in self._roots and event.kind == "fork":
             if key not in self.model.runs:  # a chosen root is a root here, whatever hangs above it
                 self.model.add_root(key, [UNKNOWN_TOKEN] * int(event.data["position"]))
-        elif key in self._roots or event.kind != "prompt":
-            if event.kind != "prompt" or key not in self.model.runs:
-                self.model.apply(event)
+        elif event.kind != "prompt" or (key in self._roots and key not in self.model.runs):
+            self.model.apply(event)
 
     def _fold_job(self, event: Event) -> None:
         data = event.data
@@ -353,5 +352,3 @@ def _logprob_summary(logprobs: list[float]) -> tuple[float, float]:
     if not known:
         return math.nan, math.nan
     return sum(known) / len(known), known[-1]
-
-

@@ -15,8 +15,8 @@ _MAX_LINES = 200
 def text_tree(target: Any, *, max_lines: int = _MAX_LINES, width: int = _WIDTH) -> str:
     """The tree below a branch, or all trees of an engine, as ASCII art. O(nodes).
 
-    One line a node: branch id, tokens, the beginning of its text (control characters escaped), and how
-    many pages it shares and owns.
+    One line a node: branch id, tokens, the beginning of its text (control characters escaped), and
+    how many pages it shares and owns.
 
     Args:
         target: an `Engine`, a `Branch`, or the `Session` behind an explorer.

@@ -1,13 +1,14 @@
 """The tree that a person sees: runs cut into pieces, one piece a node on the screen.
 
-A child forked inside a run cuts it there, so `[0, 10)` with a child forked at 6 shows as `[0, 6)` with
-two nodes below it: `[6, 10)` of the same branch, and the child. A piece keeps its node id while it
-starts where it starts.
+A child forked inside a run cuts it there, so `[0, 10)` with a child forked at 6 shows as `[0, 6)`
+with two nodes below it: `[6, 10)` of the same branch, and the child. A piece keeps its node id
+while it starts where it starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from dendrite_lab.runs import MAX_SPLIT_CHAR, UNKNOWN_TOKEN, Run, RunTree
@@ -62,7 +63,9 @@ class TreeModel(RunTree):
     def pieces(self, key: int) -> list[Piece]:
         """The pieces of a run from its start to its end. O(1) unless the run changed."""
         if key in self.stale or key not in self._pieces:
-            chain = [key]  # refreshed from the top down: a first piece names a node of the run above
+            chain = [
+                key
+            ]  # refreshed from the top down: a first piece names a node of the run above
             while (above := self.runs[chain[-1]].parent) in self.stale:
                 chain.append(above)
             for stale in reversed(chain):
@@ -174,7 +177,7 @@ class TreeModel(RunTree):
             above = next((p.node for p in over if run.start <= p.end), over[-1].node)
         pieces: list[Piece] = []
         bounds = self._bounds(run)
-        for a, b in zip(bounds, bounds[1:], strict=False):
+        for a, b in pairwise(bounds):
             node = self._node_id(key, a)
             pieces.append(Piece(node, above, key, a, b, b == run.end))
             above = node

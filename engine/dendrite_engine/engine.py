@@ -240,13 +240,22 @@ class Engine:
             self._check_own(branch)
         return self._compute(branches, top_k=k).alternatives
 
-    def extend(self, branches: Sequence[Branch], tokens: Sequence[Sequence[int]]) -> None:
+    def extend(
+        self,
+        branches: Sequence[Branch],
+        tokens: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         """`Branch.extend` for several branches; stops at the first that fails."""
-        if len(branches) != len(tokens):
-            raise InvalidArgument(f"{len(branches)} branches but {len(tokens)} token lists")
-        for branch, ids in zip(branches, tokens, strict=True):
+        values = [None] * len(branches) if logprobs is None else list(logprobs)
+        if not len(branches) == len(tokens) == len(values):
+            raise InvalidArgument(
+                f"{len(branches)} branches but {len(tokens)} token lists and {len(values)} of "
+                "log-probabilities"
+            )
+        for branch, ids, row in zip(branches, tokens, values, strict=True):
             self._check_own(branch)
-            branch.extend(ids)
+            branch.extend(ids, row)
 
     def search(
         self,

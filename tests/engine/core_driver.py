@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 T = TypeVar("T")
 
 WEIGHTS = {
-    "create": 5,
+    "create": 6,
     "fork": 3,
     "fork_many": 1,
     "fork_at": 4,
@@ -23,7 +23,7 @@ WEIGHTS = {
     "evict": 1,
     "plan": 4,
     "close_plan": 4,
-    "step": 5,
+    "step": 6,
     "use_dead_handle": 1,
 }
 ACTIONS = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
@@ -68,9 +68,9 @@ class CoreDriver:
 
     def __init__(self, draw: Draw, page_size: int) -> None:
         self.draw, self.page_size = draw, page_size
-        most = draw.choice([4, 8, 16, 32])
-        prefix_cache = draw.choice([True, True, True, False])
-        self.pair = CorePair(draw.integer(3, most), page_size, prefix_cache)
+        most = draw.choice([5, 12, 24, 48])
+        prefix_cache = draw.choice([True, True, True, True, True, False])
+        self.pair = CorePair(draw.integer(most // 2, most), page_size, prefix_cache)
         self.plans: list[PlanPair] = []
         shared = 2 * page_size + 1
         body = [i % 5 for i in range(6 * page_size)]
@@ -107,7 +107,7 @@ class CoreDriver:
 
     def create(self) -> None:
         tokens = self.draw.choice(self.texts)[: self._length(4)]
-        namespace = self.draw.choice(["", "", "", "other"])
+        namespace = self.draw.choice(["", "", "", "", "", "other"])
         self.pair.call("match_prefix", tokens, namespace)
         self.pair.make("create", tokens, namespace)
 

@@ -254,3 +254,17 @@ def test_reported_alternatives_come_with_each_token(make_engine):
         assert len(event.top) == 4
         assert event.top[0].token_id == event.token_id
         assert event.top[0].logprob == pytest.approx(event.logprob, abs=1e-5)
+
+
+def test_tokens_that_an_algorithm_chose_can_carry_their_logprobs(make_engine):
+    engine = make_engine()
+    root = engine.prompt("chosen")
+    ((first, second),) = engine.top_tokens([root], 2)
+    a, b = root.fork(2)
+    engine.extend(
+        [a, b], [[first.token_id], [second.token_id]], [[first.logprob], [second.logprob]]
+    )
+    assert a.cum_logprob == pytest.approx(first.logprob)
+    assert b.logprobs[-1] == pytest.approx(second.logprob)
+    b.extend("given")
+    assert b.cum_logprob == pytest.approx(second.logprob)

@@ -14,10 +14,45 @@ from dendrite_engine.errors import InvalidArgument, StaleBranch
 from dendrite_engine.trace import Trace
 from dendrite_engine.types import Completion, TokenAlternative, TokenEvent
 
-WORDS = (
-    " the small dragon said that it would never fly again , because the moon was made of cheese and "
-    "stories . One day a girl came by with her lamp and asked for nothing but light"
-).split(" ")[1:]
+WORDS = [
+    "",
+    "the",
+    "small",
+    "dragon",
+    "said",
+    "that",
+    "it",
+    "would",
+    "never",
+    "fly",
+    "again",
+    ",",
+    "because",
+    "the",
+    "moon",
+    "was",
+    "made",
+    "of",
+    "cheese",
+    "and",
+    "stories",
+    ".",
+    "One",
+    "day",
+    "a",
+    "girl",
+    "came",
+    "by",
+    "with",
+    "her",
+    "lamp",
+    "and",
+    "asked",
+    "for",
+    "nothing",
+    "but",
+    "light",
+][1:]
 
 
 class FakeTokenizer:
@@ -137,7 +172,9 @@ class FakeBranch:
         self.engine, self._handle, self.parent = engine, handle, parent
         self.id = engine.next_id()
         self.fork_position = 0 if parent is None else self.num_tokens
-        self.logprobs = list(parent.logprobs[: self.num_tokens]) if parent else [None] * self.num_tokens
+        self.logprobs = (
+            list(parent.logprobs[: self.num_tokens]) if parent else [None] * self.num_tokens
+        )
         self.is_generating = False
         engine._branches[self.id] = self
 

@@ -9,12 +9,19 @@ import plotly.graph_objects as go
 import pytest
 
 from dendrite_engine.errors import InvalidArgument, SearchError
-from dendrite_lab import Explorer, plots, text_tree
+from dendrite_lab import Explorer, plots
 from dendrite_lab.live_figure import LiveFigure
 from dendrite_lab.page_map import read_page_map, tree_order
-from dendrite_lab.text_tree import escape
+from dendrite_lab.text_tree import escape, text_tree
 
-EVIL = ["<img src=x onerror=alert(1)>", "a\nb\tc", "\x1b[31mred\x00", "\u202eevil\u2066", 'say "hi"', "\u2028"]
+EVIL = [
+    "<img src=x onerror=alert(1)>",
+    "a\nb\tc",
+    "\x1b[31m\x00",
+    "\u202ex\u2066",
+    '"hi"',
+    "\u2028",
+]
 
 
 def test_a_text_tree_has_ids_tokens_text_and_pages(engine):
@@ -24,10 +31,10 @@ def test_a_text_tree_has_ids_tokens_text_and_pages(engine):
     two.fork()
     assert text_tree(engine) == (
         '#1  [0:5] "a b c d e"  2 pages, 0 own\n'
-        '|-- #2  [5:8] "  x y z"  2 pages, 1 own\n'
+        '|-- #2  [5:8] " x y z"  2 pages, 1 own\n'
         '|-- #3  [5:5] ""  2 pages, 0 own\n'
         '`-- #4  [5:5] ""  2 pages, 0 own'
-    ) or text_tree(engine).count("\n") == 3
+    )
     assert text_tree(one).startswith("#2  [0:")
 
 
@@ -205,7 +212,8 @@ def test_the_explorer_steers_an_attached_search(searchable):
     from dendrite_engine.search import MCTS
 
     root = searchable.prompt(list(range(5, 15)))
-    handle = searchable.search(root, MCTS(tokens_per_node=2), Budget(iterations=10_000), paused=True)
+    budget = Budget(iterations=10_000)
+    handle = searchable.search(root, MCTS(tokens_per_node=2), budget, paused=True)
     explorer = Explorer(searchable, root=root, search=handle)
     assert explorer.simulate("search", action="step")["ok"]
     assert handle.wait_paused(30)

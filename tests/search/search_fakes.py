@@ -106,9 +106,9 @@ class FakeBranch:
         self._tokens.append(token_id)
         self._logprobs.append(logprob)
 
-    def extend(self, tokens: Sequence[int]) -> FakeBranch:
-        for token in tokens:
-            self.append(token, None)
+    def extend(self, tokens, logprobs=None) -> FakeBranch:
+        for token, value in zip(tokens, logprobs or [None] * len(tokens), strict=True):
+            self.append(token, value)
         return self
 
     def rollback(self, n: int) -> int:
@@ -249,10 +249,10 @@ class FakeEngine:
             rows.append([TokenAlternative(i, f"w{i}", logprobs[i]) for i in order])
         return rows
 
-    def extend(self, branches, tokens) -> None:
+    def extend(self, branches, tokens, logprobs) -> None:
         self.log.append(("extend", len(branches)))
-        for branch, ids in zip(branches, tokens, strict=True):
-            branch.extend(ids)
+        for branch, ids, values in zip(branches, tokens, logprobs, strict=True):
+            branch.extend(ids, values)
 
     def stats(self) -> SimpleNamespace:
         return SimpleNamespace(pages_live=len(self.refs), pages_total=self.num_pages)

@@ -64,8 +64,10 @@ def test_a_page_budget_ends_the_search_before_the_pool_does(engine):
 def test_a_page_budget_counts_only_pages_taken_since_the_search_began(engine):
     root = engine.prompt([1, 2, 3] * 100)
     pages = []
-    handle = start_search(engine, root, MCTS(tokens_per_node=8), Budget(pages=20), evaluator=half)
-    handle.on_event(lambda e: pages.append(e.data["pages"]) if e.kind == "budget" else None)
+    handle = start_search(
+        engine, root, MCTS(tokens_per_node=8), Budget(pages=20), evaluator=half,
+        on_event=lambda e: pages.append(e.data["pages"]) if e.kind == "budget" else None,
+    )  # fmt: skip
     result = handle.wait(WAIT)
     assert result.nodes > 4
     assert max(pages) <= 20 + 4 * 3

@@ -187,7 +187,7 @@ class Runner:
                 begun.append((work, known[rank]))
             else:  # a small vocabulary has no more
                 work.outcome.finish_reason = "no_alternative"
-        errors = self.keeper.extend([w.branch for w, _ in begun], [[a.token_id] for _, a in begun])
+        errors = self.keeper.extend([(w.branch, [a.token_id], [a.logprob]) for w, a in begun])
         for (work, first), error in zip(begun, errors, strict=True):
             if error is not None:
                 work.fail(error)

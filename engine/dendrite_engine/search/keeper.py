@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from dendrite_engine.engine import Engine
     from dendrite_engine.tree.branch import Branch
 
+    # a branch, the tokens to append to it, and their log-probabilities
+    Growth = tuple[Branch, Sequence[int], Sequence[float]]
+
 # errors that end one branch and leave the others alone
 BRANCH_ERRORS = (OutOfPages, BudgetExceeded, StaleBranch, ContextTooLong)
 
@@ -69,25 +72,24 @@ class BranchKeeper:
         self.live[branch.id] = branch
         return branch
 
-    def extend(
-        self, branches: Sequence[Branch], tokens: Sequence[Sequence[int]]
-    ) -> list[Exception | None]:
-        """Force tokens onto branches; returns the error of each branch that could not take them."""
-        if not branches:
+    def extend(self, rows: Sequence[Growth]) -> list[Exception | None]:
+        """Append chosen tokens to branches; returns the error of each that could not take them."""
+        if not rows:
             return []
-        rows = list(zip(branches, tokens, strict=True))
-        wanted = [b.num_tokens + len(t) if b.is_alive else 0 for b, t in rows]
+        branches, tokens, logprobs = zip(*rows, strict=True)
+        wanted = [b.num_tokens + len(t) if b.is_alive else 0 for b, t, _ in rows]
         try:
-            self._engine.extend(list(branches), [list(t) for t in tokens])
+            self._engine.extend(branches, tokens, logprobs)
         except BRANCH_ERRORS:
             # the batch stopped at some branch; go on one by one with those that did not get theirs
-            return [self._extend_one(b, t, n) for (b, t), n in zip(rows, wanted, strict=True)]
-        return [None] * len(branches)
+            return [self._extend_one(row, n) for row, n in zip(rows, wanted, strict=True)]
+        return [None] * len(rows)
 
-    def _extend_one(self, branch: Branch, tokens: Sequence[int], wanted: int) -> Exception | None:
+    def _extend_one(self, row: Growth, wanted: int) -> Exception | None:
+        branch, tokens, logprobs = row
         try:
             if branch.num_tokens != wanted:
-                self._engine.extend([branch], [list(tokens)])
+                self._engine.extend([branch], [tokens], [logprobs])
         except BRANCH_ERRORS as error:
             return error
         return None
@@ -110,7 +112,7 @@ class BranchKeeper:
         guard = nullcontext() if lock is None else lock
         with guard:
             grown, failed = self._plant(state)
-        errors = self.extend([b for _, b in grown], [n.token_ids for n, _ in grown])
+        errors = self.extend([(b, n.token_ids, n.logprobs) for n, b in grown])
         failed += [(n, e) for (n, _), e in zip(grown, errors, strict=True) if e is not None]
         with guard:
             unwanted = state.tree.take_unwanted()
@@ -157,10 +159,10 @@ class BranchKeeper:
         """
         if node.branch is not None and node.branch.is_alive:
             return True
-        tokens: list[int] = list(node.token_ids)
+        tokens, logprobs = list(node.token_ids), list(node.logprobs)
         above = node.parent
         while above is not None and (above.branch is None or not above.branch.is_alive):
-            tokens[:0] = above.token_ids
+            tokens[:0], logprobs[:0] = above.token_ids, above.logprobs
             above = above.parent
         if above is None:
             return False
@@ -168,7 +170,7 @@ class BranchKeeper:
             fresh = self.fork_end(above)
         except BRANCH_ERRORS:
             return False
-        if tokens and self.extend([fresh], [tokens])[0] is not None:
+        if tokens and self.extend([(fresh, tokens, logprobs)])[0] is not None:
             self.prune(fresh)
             return False
         tree.attach(node, fresh)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from dendrite_engine.errors import InvalidArgument, StaleBranch
 from dendrite_engine.sampling import child_key
 
@@ -107,10 +109,17 @@ class Branch:
             raise InvalidArgument(f"fork: at must be a position in 1..{held}, got {at!r}")
         return [self._adopt(self._core.fork_at(self._handle, at)) for _ in range(n)]
 
-    def extend(self, tokens: str | Sequence[int]) -> Branch:
+    def extend(
+        self, tokens: str | Sequence[int], logprobs: Sequence[float] | None = None
+    ) -> Branch:
         """Append forced tokens (text is encoded first); their K/V are computed when next needed.
 
         Returns this branch. Takes the pages for all of them or none.
+
+        Args:
+            tokens: text, or token ids.
+            logprobs: one log-probability per token, for tokens that an algorithm chose itself; they
+                count as generated then.
 
         Raises:
             StaleBranch: this branch was pruned.
@@ -122,9 +131,16 @@ class Branch:
         self._check_idle("extend")
         ids = self.engine.tokenizer.encode(tokens) if isinstance(tokens, str) else tokens
         ids = self.engine._check_tokens(ids, self.num_tokens)
-        self._core.append(self._handle, ids)
+        values = None if logprobs is None else [float(value) for value in logprobs]
+        if values is not None and (len(values) != len(ids) or not all(map(math.isfinite, values))):
+            raise InvalidArgument(
+                f"extend: logprobs must be {len(ids)} finite numbers, one per token, got {logprobs}"
+            )
+        self._core.append(
+            self._handle, ids, None if values is None else np.array(values, np.float32)
+        )
         self._logits = None
-        data = {"tokens": ids, "logprobs": None, "forced": True}
+        data = {"tokens": ids, "logprobs": values, "forced": values is None}
         self.engine.trace.append("extend", self.id, data)
         return self
 
@@ -336,8 +352,6 @@ class Branch:
         return ids
 
     def _describe(self, column: str) -> int:
-        import numpy as np
-
         self._check_alive()
         return int(self._core.describe(np.array([self._handle], np.int64))[column][0])
 
