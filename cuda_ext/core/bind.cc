@@ -318,6 +318,8 @@ void bind_plan(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  // An engine that is still open when the interpreter ends is no leak worth a page of warnings.
+  nb::set_leak_warnings(false);
   m.doc() = docs::kModule;
   register_errors();
   nb::class_<PyCore> cls(m, "TreeCore", docs::kTreeCore);

@@ -193,6 +193,8 @@ void top(Context& context, Address logits, int64_t rows, int vocab, int64_t stri
 }  // namespace dendrite
 
 NB_MODULE(_cpu, module) {
+  // An engine that is still open when the interpreter ends is no leak worth a page of warnings.
+  nb::set_leak_warnings(false);
   using namespace dendrite;
   module.doc() = "SIMD kernels over fp32 tensors in host memory; dendrite_engine.kernels.native drives them.";
   module.def("available_isas", &available_isas);

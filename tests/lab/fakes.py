@@ -14,45 +14,8 @@ from dendrite_engine.errors import InvalidArgument, StaleBranch
 from dendrite_engine.trace import Trace
 from dendrite_engine.types import Completion, TokenAlternative, TokenEvent
 
-WORDS = [
-    "",
-    "the",
-    "small",
-    "dragon",
-    "said",
-    "that",
-    "it",
-    "would",
-    "never",
-    "fly",
-    "again",
-    ",",
-    "because",
-    "the",
-    "moon",
-    "was",
-    "made",
-    "of",
-    "cheese",
-    "and",
-    "stories",
-    ".",
-    "One",
-    "day",
-    "a",
-    "girl",
-    "came",
-    "by",
-    "with",
-    "her",
-    "lamp",
-    "and",
-    "asked",
-    "for",
-    "nothing",
-    "but",
-    "light",
-][1:]
+_TALE = "the small dragon said that it would never fly again , because the moon was made of cheese"
+WORDS = tuple(_TALE.split(" "))
 
 
 class FakeTokenizer:

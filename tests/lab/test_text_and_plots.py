@@ -180,6 +180,7 @@ def test_the_panel_starts_pauses_steps_and_stops_a_search(searchable):
     panel.step()
     assert panel.handle.wait_paused(30)
     assert (panel.handle.algorithm.exploration, panel.handle.algorithm.width) == (2.5, 5)
+    panel._refresh()  # what its thread does five times a second
     assert panel._buttons["pause"].description == "Resume"
     assert any(node.visits for node in explorer.tree)
     figure = plots.uct(panel.handle)
