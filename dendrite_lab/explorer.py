@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from dendrite_lab.tree_view import TreeView
 
 _STATIC = Path(__file__).parent / "static"
 _FALLBACK_LINES = 60
+_FALLBACK_SECONDS = 2.0
+_FALLBACK_MAX_RUNS = 2000
 _MIN_HEIGHT, _MAX_HEIGHT = 240, 4000
 
 
@@ -73,8 +76,11 @@ class Explorer(anywidget.AnyWidget):
         self._session = Session(engine, None if root is None else [root])
         self._operations = Operations(self._session, defaults)
         self._desk = CommandDesk(self._operations.run, SLOW, self._answer)
-        self._publisher = Publisher(self._session, self._send_frame, self._fail)
+        self._publisher = Publisher(
+            self._session, self._send_frame, self._fail, idle=self._keep_fallback
+        )
         self._ids = itertools.count(1)
+        self._fallback_due, self._fallback_stale = 0.0, False
         self._is_closed = False
         super().__init__(
             _height=height,
@@ -205,6 +211,16 @@ class Explorer(anywidget.AnyWidget):
     def _send_frame(self, frame: Frame) -> None:
         if not self._is_closed:
             self.send(frame.header, [frame.columns])
+            self._fallback_stale = True
+
+    def _keep_fallback(self) -> None:
+        """What a saved notebook shows: refreshed in quiet moments, and not for huge trees."""
+        now = time.monotonic()
+        if not self._fallback_stale or now < self._fallback_due or self._is_closed:
+            return
+        self._fallback_stale, self._fallback_due = False, now + _FALLBACK_SECONDS
+        if len(self._session.model.runs) <= _FALLBACK_MAX_RUNS:
+            self._fallback = text_tree(self._session, max_lines=_FALLBACK_LINES)
 
     def _fail(self, error: BaseException) -> None:
         self.send({"t": "fault", "error": {"type": type(error).__name__, "message": str(error)}})

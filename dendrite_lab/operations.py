@@ -264,8 +264,11 @@ class Operations:
         session = self.session
         piece = session.piece(command.node)
         at = integer(command.args, "at", piece.end, 1, piece.end)
-        # A helper fork leaves the node free to generate meanwhile; it must be hidden before anybody
-        # reads its event.
+        branch = session.ending_at(piece) if at == piece.end else None
+        if branch is not None and not branch.is_generating:
+            return self._alternatives(branch, k, at)
+        # A helper fork looks inside a node, or at one that is generating; it must be hidden before
+        # anybody reads its event.
         with session.lock:
             (helper,) = self._fork_from(session.carrier(piece), at)[0]
             session.hide(helper)

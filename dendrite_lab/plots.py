@@ -22,6 +22,7 @@ from dendrite_lab.page_map import PageMap, read_page_map
 
 MAX_BRANCHES = 64
 _MAX_LABELLED_CELLS = 600
+_FEW_ROWS = 24  # more rows than this are drawn thinner
 _GREY = "#808890"
 _GRID = "rgba(128,136,144,0.25)"
 _BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"
@@ -47,7 +48,7 @@ def memory(engine: Any, *, live: bool = False, max_branches: int = MAX_BRANCHES)
     Args:
         engine: the engine whose pages to show.
         live: return a `FigureWidget` that follows the engine.
-        max_branches: rows at most; the title says when branches were left out.
+        max_branches: rows at most; the axis says when branches were left out.
 
     Raises:
         InvalidArgument: max_branches is below 1.
@@ -62,7 +63,7 @@ def memory(engine: Any, *, live: bool = False, max_branches: int = MAX_BRANCHES)
         return _memory_update(read_page_map(engine, max_branches))
 
     figure = go.Figure(go.Heatmap(xgap=1, ygap=2, zmin=1, colorscale=_HOLDERS, hoverongaps=False))
-    _style(figure, x="page along the path")
+    _style(figure)
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     figure.update_xaxes(showgrid=False)
     return _finish(figure, read, live, lambda: _is_closed(engine), "memory")
@@ -130,8 +131,9 @@ def _memory_update(pages: PageMap) -> dict[str, Any]:
         f"live pages: {pages.live} ({pages.shared} shared, {pages.live - pages.shared} held by one "
         f"branch); free: {pages.free:,} of {pages.total:,}"
     )
+    axis = "page along the path"
     if left_out:
-        title += f" ({left_out} more branches not shown)"
+        axis += f" ({left_out} more branches not shown)"
     most = int(np.nanmax(pages.holders)) if pages.holders.size and pages.live else 1
     labelled = pages.holders.size <= _MAX_LABELLED_CELLS
     cell = {
@@ -144,8 +146,9 @@ def _memory_update(pages: PageMap) -> dict[str, Any]:
         "colorbar": _COLORBAR,
         "hovertemplate": "page %{text} of %{y}<br>held by %{z}: %{customdata}<extra></extra>",
     }
-    height = max(220, 110 + 24 * len(names))
-    return {"data": [cell], "layout": {"title": {"text": title}, "height": height}}
+    height = max(220, 110 + len(names) * (24 if len(names) <= _FEW_ROWS else 15))
+    layout = {"title": {"text": title}, "height": height, "xaxis": {"title": {"text": axis}}}
+    return {"data": [cell], "layout": layout}
 
 
 def _refcounts_update(engine: Any) -> dict[str, Any]:

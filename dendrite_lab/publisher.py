@@ -36,6 +36,7 @@ class Publisher:
         source: what to publish.
         send: hands one frame to the front end; must not block.
         failed: called once when publishing stopped because of an error.
+        idle: called on the publisher's thread whenever there was nothing to send.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class Publisher:
         source: Source,
         send: Callable[[Frame], None],
         failed: Callable[[BaseException], None],
+        idle: Callable[[], None] | None = None,
     ) -> None:
-        self._source, self._send, self._failed = source, send, failed
+        self._source, self._send, self._failed, self._idle = source, send, failed, idle
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -140,6 +142,8 @@ class Publisher:
             self._wake.clear()
             try:
                 quiet = 0 if self.tick() else quiet + 1
+                if quiet and self._idle is not None:
+                    self._idle()
             except Exception as error:
                 if not self._closed:
                     self.error = error

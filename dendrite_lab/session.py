@@ -208,7 +208,12 @@ class Session:
 
     def branch(self, key: int) -> Any | None:
         """The live branch with this id, or None."""
-        return self.engine._branches.get(key)
+        if key <= 0:
+            return None
+        try:
+            return self.engine.branch(key)
+        except StaleBranch:  # pruned: that is the answer
+            return None
 
     def piece(self, node: int) -> Piece:
         """The piece of a node id.

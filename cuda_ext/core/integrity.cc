@@ -137,11 +137,11 @@ class IntegrityCheck {
     expect(cached == tree_.index.num_cached(), "the index counts " +
                                                    str(tree_.index.num_cached()) +
                                                    " cached pages, recount " + str(cached));
-    check_leaves(children);
+    check_nodes(children);
     check_owners();
   }
 
-  void check_leaves(const std::vector<int32_t>& children) {
+  void check_nodes(const std::vector<int32_t>& children) {
     for (int32_t page = 0; page < core_.num_pages(); ++page) {
       if (!tree_.pool.indexed(page)) continue;
       const IndexNode& node = tree_.index.node(page);
@@ -149,9 +149,11 @@ class IntegrityCheck {
                                                       str(node.num_children) +
                                                       " pages below it in the index, recount " +
                                                       str(children[page]));
-      const bool leaf = tree_.index.leaves().count({node.tick, page}) > 0;
-      expect(leaf == (node.cached && children[page] == 0),
+      expect(tree_.index.in_lru(page) == node.cached,
              "page " + str(page) + " is wrongly (not) offered for eviction");
+      expect(node.parent < 0 || !tree_.index.node(node.parent).cached ||
+                 node.tick < tree_.index.node(node.parent).tick,
+             "page " + str(page) + " would be evicted after the page above it");
     }
   }
 

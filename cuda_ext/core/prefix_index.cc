@@ -103,7 +103,7 @@ void PrefixIndex::unlink(int32_t page) {
   if (node.parent < 0) return;
   IndexNode& above = nodes_[node.parent];
   if (above.first_child == page) above.first_child = node.next;
-  if (--above.num_children == 0 && above.cached) leaves_.emplace(above.tick, node.parent);
+  --above.num_children;
 }
 
 void PrefixIndex::remove(int32_t page) {
@@ -116,7 +116,7 @@ void PrefixIndex::remove(int32_t page) {
 }
 
 void PrefixIndex::free_cached(int32_t page) {
-  leaves_.erase({nodes_[page].tick, page});
+  lru_.erase({nodes_[page].tick, page});
   --num_cached_;
   ++num_evicted_;
   remove(page);
@@ -143,17 +143,17 @@ void PrefixIndex::make_cached(int32_t page) {
   node.owner = nullptr;
   node.tick = ++tick_;
   ++num_cached_;
-  if (node.num_children == 0) leaves_.emplace(node.tick, page);
+  lru_.emplace(node.tick, page);
 }
 
 void PrefixIndex::make_live(int32_t page) {
   IndexNode& node = nodes_[page];
   if (!node.cached) return;
-  leaves_.erase({node.tick, page});
+  lru_.erase({node.tick, page});
   node.cached = false;
   --num_cached_;
 }
 
-void PrefixIndex::evict_one() { free_cached(leaves_.begin()->second); }
+void PrefixIndex::evict_one() { free_cached(lru_.begin()->second); }
 
 }  // namespace dendrite

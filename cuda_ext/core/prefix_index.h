@@ -39,7 +39,7 @@ class PrefixIndex {
   const IndexNode& node(int32_t page) const { return nodes_[page]; }
   const int32_t* tokens(int32_t page) const;
   bool is_cached(int32_t page) const { return enabled_ && nodes_[page].cached; }
-  const std::set<std::pair<uint64_t, int32_t>>& leaves() const { return leaves_; }
+  bool in_lru(int32_t page) const { return lru_.count({nodes_[page].tick, page}) > 0; }
   Namespaces& names() { return names_; }
   const Namespaces& names() const { return names_; }
 
@@ -57,7 +57,8 @@ class PrefixIndex {
 
   void make_cached(int32_t page);
   void make_live(int32_t page);
-  // Frees the least recently used cached page that has no children; the caller knows there is one.
+  // Frees the least recently used cached page; the caller knows that there is one. It is a leaf: a
+  // page becomes cached after all pages below it.
   void evict_one();
 
  private:
@@ -74,7 +75,7 @@ class PrefixIndex {
   std::vector<IndexNode> nodes_;  // by page
   std::vector<int32_t> tokens_;   // [num_pages, page_size]
   std::unordered_map<uint64_t, int32_t> by_hash_;
-  std::set<std::pair<uint64_t, int32_t>> leaves_;  // cached pages without children, by tick
+  std::set<std::pair<uint64_t, int32_t>> lru_;  // cached pages by tick
   Namespaces names_;
 };
 

@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import TimeoutError
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "artifacts"
@@ -183,7 +183,7 @@ def run_all(page: Any) -> None:
         page.get_by_text("Run All Cells", exact=True).click()
         try:
             started.wait_for(timeout=5000)
-        except TimeoutError:
+        except PlaywrightTimeout:
             continue
         return
     raise AssertionError("no cell started after eight attempts to run all")

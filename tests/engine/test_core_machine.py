@@ -67,7 +67,8 @@ def test_seeded_runs_reach_every_corner_and_agree(
     page_size: int, core_examples: int | None
 ) -> None:
     reached: Counter[str] = Counter()
-    for seed in range(-(-(core_examples or RUNS) // 3)):
+    seeds = -(-(core_examples or RUNS) // 3)
+    for seed in range(seeds):
         driver = CoreDriver(SeededDraw(seed), page_size)
         for _ in range(STEPS):
             driver.act()
@@ -75,4 +76,4 @@ def test_seeded_runs_reach_every_corner_and_agree(
         driver.finish()
     corners = ["evictions", "prefix_hits", "rollbacks", "forks", "pages_shared"]
     corners += ["cow_copies"] if page_size > 1 else []
-    assert all(reached[corner] > 50 for corner in corners), reached
+    assert all(reached[corner] > seeds // 4 for corner in corners), reached

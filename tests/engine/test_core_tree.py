@@ -242,3 +242,15 @@ def test_a_merge_into_a_page_that_was_full_before_reports_it_as_rewritten():
     pair.prune(branch)
     assert len(pair.native.segments(fork)) == 1
     assert pair.native.debug_unsealed() == [1]
+
+
+def test_a_merge_does_not_go_on_in_a_page_that_the_index_still_offers(pair):
+    branch = root(pair, 2 * PAGE)
+    (fork,) = pair.make("fork_at", branch, PAGE + 2)
+    pair.call("append", fork, [1])
+    pair.prune(branch)
+    assert len(pair.native.segments(fork)) == 2
+    (again,) = pair.make("create", [*range(100, 100 + 2 * PAGE), 5])
+    assert pair.native.num_computed(again) == 2 * PAGE
+    pair.compute_all()
+    assert len(pair.native.segments(fork)) == 2  # the cut page is live below both

@@ -230,6 +230,11 @@ class FakeEngine:
     def branches(self):
         return [self._branches[key] for key in sorted(self._branches)]
 
+    def branch(self, branch_id):
+        if branch_id not in self._branches:
+            raise StaleBranch(f"no live branch has id {branch_id}")
+        return self._branches[branch_id]
+
     def prompt(self, prompt):
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         handle = self.core.make([])

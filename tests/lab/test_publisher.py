@@ -152,6 +152,14 @@ def test_the_thread_publishes_and_stops(source):
     assert not any(t.name == "dendrite-lab publisher" for t in threading.enumerate())
 
 
+def test_quiet_moments_are_told(source):
+    quiet = threading.Event()
+    publisher = Publisher(source, lambda frame: None, lambda error: None, idle=quiet.set)
+    publisher.hello()
+    assert quiet.wait(5)
+    publisher.close()
+
+
 def test_an_error_stops_publishing_and_is_told():
     class Broken(Source):
         def collect(self, *, snapshot):

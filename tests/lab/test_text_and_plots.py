@@ -106,7 +106,7 @@ def test_figures_of_an_empty_engine_and_of_too_many_branches(engine):
     engine.prompt("a b").fork(9)
     figure = plots.memory(engine, max_branches=4)
     assert len(figure.data[0].y) == 4
-    assert "6 more branches" in figure.layout.title.text
+    assert "6 more branches" in figure.layout.xaxis.title.text
     with pytest.raises(InvalidArgument, match="max_branches"):
         plots.memory(engine, max_branches=0)
 

@@ -84,5 +84,6 @@ function tailFitting(text: string, width: number, measure: (s: string) => number
     if (measure("\u2026" + text.slice(middle)) <= width) high = middle;
     else low = middle + 1;
   }
-  return "\u2026" + text.slice(low);
+  const space = text.indexOf(" ", low); // begin with a whole word where that costs little
+  return "\u2026" + text.slice(space > low && space - low < 12 ? space : low);
 }

@@ -124,6 +124,7 @@ export class Inspector {
   private empty(): void {
     this.shown = "";
     for (const part of [this.facts, this.body, this.tokenBar, this.options]) clear(part);
+    this.tokenBar.hidden = this.options.hidden = true;
     this.body.append(
       el("p", "dl-placeholder", {}, "Select a node to read its text, see what it costs, and fork it."),
     );

@@ -4,6 +4,7 @@ import type { Action } from "./keys";
 import type { SearchSummary } from "./protocol";
 
 export interface ToolbarState {
+  hasTree: boolean;
   hasNode: boolean;
   selectedCount: number;
   streaming: boolean;
@@ -59,7 +60,7 @@ export class Toolbar {
       ),
       el("span", "dl-spring"),
       segmented(this.graph, this.outline),
-      group(this.heat, button("?", { key: "?", title: "Keys" }, () => act("help"))),
+      group(this.heat, button("?", { key: "?", title: "Keys", kind: "dl-keep" }, () => act("help"))),
     );
     this.zoom.append(
       button("", { icon: "plus", key: "+", title: "Zoom in" }, () => act("zoomIn")),
@@ -75,7 +76,7 @@ export class Toolbar {
 
   update(state: ToolbarState): void {
     for (const item of this.nodeButtons) item.disabled = !state.live || !state.hasNode;
-    for (const item of this.liveButtons) item.disabled = !state.live;
+    for (const item of this.liveButtons) item.disabled = !state.live || !state.hasTree;
     this.stop.disabled = !state.live || !state.streaming;
     this.more.title = state.selectedCount > 1 ? `Continue the ${state.selectedCount} selected nodes in one batch (c)` : "Continue (c)";
     this.graph.setAttribute("aria-pressed", String(state.mode === "graph"));

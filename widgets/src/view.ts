@@ -170,6 +170,7 @@ export class View implements Host {
     if (this.mode === "outline") this.outline.render();
     this.inspector.render();
     this.toolbar.update({
+      hasTree: store.nodes.size > 0,
       hasNode: store.get(this.primary) !== undefined,
       selectedCount: this.selected.size,
       streaming: (store.totals.streaming ?? 0) > 0,
@@ -181,6 +182,7 @@ export class View implements Host {
     this.toolbar.updateSearch(store.totals.search);
     this.status.update(connection, store.nodes.size, store.totals);
     this.welcome.update(connection, store.nodes.size);
+    this.toolbar.zoom.hidden = this.mode !== "graph" || store.nodes.size === 0;
     // Without a canvas on screen nothing else acknowledges.
     if (this.mode === "outline") requestAnimationFrame(() => this.app.drawn());
   }
@@ -247,7 +249,7 @@ export class View implements Host {
 
   private setMode(mode: "graph" | "outline"): void {
     this.mode = mode;
-    this.graph.canvas.hidden = this.toolbar.zoom.hidden = mode !== "graph";
+    this.graph.canvas.hidden = mode !== "graph";
     this.outline.element.hidden = mode !== "outline";
     const stage = this.graph.canvas.parentElement;
     if (stage) this.resized(stage);

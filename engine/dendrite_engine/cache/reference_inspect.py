@@ -112,7 +112,7 @@ def dump(tree: SegmentTree) -> dict[str, Any]:
         "page_state": [page_state(tree, page) for page in pages],
         "free_list": list(tree.pool.free),
         "retained": sorted(tree.pool.retained),
-        "lru": sorted(tree.index.cached, key=tree.index.cached.__getitem__),
+        "lru": list(tree.index.cached),
         "index": [
             {
                 "page": page,

@@ -80,8 +80,7 @@ class PrefixIndex:
         self.enabled = enabled
         self.nodes: dict[int, IndexNode] = {}
         self.by_key: dict[tuple[str, int, tuple[int, ...]], int] = {}
-        self.cached: dict[int, int] = {}  # page -> tick at which its last holder went
-        self.tick = 0
+        self.cached: dict[int, None] = {}  # least recently used first
         self.num_evicted = 0
 
     def match(self, namespace: str, tokens: Sequence[int], max_pages: int) -> list[int]:
@@ -119,23 +118,24 @@ class PrefixIndex:
         below = list(self.nodes[page].children)
         for each in below:
             below.extend(self.nodes[each].children)
-        for each in sorted(below, key=self.cached.__getitem__):
+        for each in [cached for cached in self.cached if cached in below]:
             self._free_cached(each)
         self.remove(page)
 
     def make_cached(self, page: int) -> None:
         """The last holder besides the index is gone."""
-        self.tick += 1
-        self.cached[page] = self.tick
+        self.cached[page] = None
 
     def make_live(self, page: int) -> None:
         """Somebody holds the page again."""
         self.cached.pop(page, None)
 
     def evict_one(self) -> None:
-        """Free the least recently used cached page that has no children."""
-        leaves = [page for page in self.cached if not self.nodes[page].children]
-        self._free_cached(min(leaves, key=self.cached.__getitem__))
+        """Free the least recently used cached page; the caller knows that there is one.
+
+        It is a leaf: a page becomes cached after all pages below it.
+        """
+        self._free_cached(next(iter(self.cached)))
 
     def _free_cached(self, page: int) -> None:
         del self.cached[page]
