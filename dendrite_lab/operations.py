@@ -328,6 +328,6 @@ def _pages_only_under(engine: Any, doomed: set[int]) -> int:
     outside: set[int] = set()
     for branch in engine.branches:
         target = inside if branch.id in doomed else outside
-        for segment in engine.core.segments(branch._handle):
+        for segment in engine.core.segments(branch.handle):
             target.update(segment[4])
     return len(inside - outside)

@@ -46,7 +46,7 @@ def read_page_map(engine: Any, max_branches: int) -> PageMap:
     held_by: dict[int, list[int]] = {}
     for branch in tree_order(engine.branches):
         try:
-            segments = engine.core.segments(branch._handle)
+            segments = engine.core.segments(branch.handle)
         except StaleBranch:
             continue  # pruned between listing and reading
         paths[branch.id] = pages_read(segments, engine.core.page_size)

@@ -173,7 +173,7 @@ class Session:
         if not branches:
             self._pages.clear()
             return
-        handles = np.fromiter((b._handle for b in branches.values()), np.int64, len(branches))
+        handles = np.fromiter((b.handle for b in branches.values()), np.int64, len(branches))
         try:
             table = self.engine.core.describe(handles)
         except StaleBranch:  # one was pruned meanwhile; its event is on the way

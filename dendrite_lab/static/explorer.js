@@ -205,7 +205,7 @@ var T=class extends Error{constructor(t,r){super(r);this.typeName=t}typeName},_=
 .dl-root h3 { font-size: 15px; font-weight: 600; }
 .dl-saved { width: 100%; align-self: start; }
 .dl-saved-note { margin-bottom: 8px; color: var(--dl-warn); }
-.dl-saved-tree { margin: 0; font: 12px/1.5 var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace); color: var(--dl-text); background: none; white-space: pre; overflow: auto; }
+.dl-root pre.dl-saved-tree { margin: 0; word-break: normal; overflow-wrap: normal; font: 12px/1.5 var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace); color: var(--dl-text); background: none; white-space: pre; overflow: auto; }
 .dl-root p { color: var(--dl-muted); }
 
 .dl-layer { position: absolute; inset: 0; z-index: 3; display: grid; place-items: center; padding: 16px; background: rgba(0, 0, 0, 0.35); }

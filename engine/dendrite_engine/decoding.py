@@ -144,6 +144,8 @@ class Decoder:
         top = top[: lane.params.logprobs]
         event = TokenEvent(lane.branch, token, text, logprob, top, reason)
         lane.job.deliver(lane.index, event)
+        if reason is not None:
+            self._log_end(lane, reason)
         return reason is not None
 
     def _refuse(self, lane: DecodingLane, status: int) -> bool:
@@ -170,6 +172,10 @@ class Decoder:
             text = ""
         event = TokenEvent(lane.branch, None, text, finish_reason=reason, error=error)
         lane.job.deliver(lane.index, event)
+        self._log_end(lane, reason)
+
+    def _log_end(self, lane: Lane, reason: FinishReason) -> None:
+        self._trace.append("job", lane.branch.id, {"state": "finish", "reason": reason})
 
     def _finish_reason(self, lane: DecodingLane, token: int, text: str) -> FinishReason | None:
         params = lane.params

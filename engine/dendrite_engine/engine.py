@@ -297,6 +297,11 @@ class Engine:
         """Which implementation runs each part, and why."""
         return dict(self._parts.report)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the engine was closed; branches can be read, but nothing is computed any more."""
+        return self._loop.is_closed
+
     def close(self) -> None:
         """End the engine thread; running jobs fail with EngineClosed. Safe to call twice."""
         self._loop.stop()

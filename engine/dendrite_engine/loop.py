@@ -96,6 +96,11 @@ class StepLoop:
             self._thread.join()
 
     @property
+    def is_closed(self) -> bool:
+        """Whether `stop` was called."""
+        return self._closed.is_set()
+
+    @property
     def jobs_running(self) -> int:
         """Jobs that have branches still running."""
         return len(self._open_lanes)

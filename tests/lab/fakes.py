@@ -132,7 +132,7 @@ class FakeBranch:
     """The parts of `dendrite_engine` branches that the lab uses."""
 
     def __init__(self, engine, handle, parent=None):
-        self.engine, self._handle, self.parent = engine, handle, parent
+        self.engine, self.handle, self.parent = engine, handle, parent
         self.id = engine.next_id()
         self.fork_position = 0 if parent is None else self.num_tokens
         self.logprobs = (
@@ -149,13 +149,13 @@ class FakeBranch:
     def token_ids(self):
         if not self.is_alive:
             raise StaleBranch(f"branch {self.id} was pruned; its tokens and pages are gone")
-        return list(self.engine.core.tokens_of[self._handle])
+        return list(self.engine.core.tokens_of[self.handle])
 
     @property
     def num_tokens(self):
-        if self._handle not in self.engine.core.tokens_of:
+        if self.handle not in self.engine.core.tokens_of:
             raise StaleBranch(f"branch {self.id} was pruned; its tokens and pages are gone")
-        return len(self.engine.core.tokens_of[self._handle])
+        return len(self.engine.core.tokens_of[self.handle])
 
     @property
     def text(self):
@@ -167,14 +167,14 @@ class FakeBranch:
             raise InvalidArgument(f"fork: at must be a position in 1..{self.num_tokens}, got {at}")
         core, made = self.engine.core, []
         for _ in range(n):
-            pages = core.pages_of[self._handle][: math.ceil(at / core.page_size)]
+            pages = core.pages_of[self.handle][: math.ceil(at / core.page_size)]
             made.append(FakeBranch(self.engine, core.make(self.token_ids[:at], pages), self))
             self.engine.trace.append("fork", made[-1].id, {"parent": self.id, "position": at})
         return made
 
     def extend(self, tokens, logprobs=None):
         ids = self.engine.tokenizer.encode(tokens) if isinstance(tokens, str) else list(tokens)
-        self.engine.core.append(self._handle, ids)
+        self.engine.core.append(self.handle, ids)
         self.logprobs += logprobs or [None] * len(ids)
         data = {"tokens": ids, "logprobs": logprobs, "forced": logprobs is None}
         self.engine.trace.append("extend", self.id, data)
@@ -182,7 +182,7 @@ class FakeBranch:
 
     def rollback(self, n):
         keep = self.num_tokens - n
-        freed = self.engine.core.cut(self._handle, keep)
+        freed = self.engine.core.cut(self.handle, keep)
         del self.logprobs[keep:]
         self.engine.trace.append("rollback", self.id, {"to": keep})
         return freed
@@ -191,8 +191,8 @@ class FakeBranch:
         if not self.is_alive:
             return 0
         del self.engine._branches[self.id]
-        freed = self.engine.core.cut(self._handle, 0)
-        del self.engine.core.pages_of[self._handle], self.engine.core.tokens_of[self._handle]
+        freed = self.engine.core.cut(self.handle, 0)
+        del self.engine.core.pages_of[self.handle], self.engine.core.tokens_of[self.handle]
         self.engine.trace.append("prune", self.id, {"pages_freed": freed})
         return freed
 
