@@ -213,7 +213,8 @@ void bind_writing(nb::class_<PyCore>& cls) {
            "branch"_a, "position"_a, docs::kForkAt)
       .def("append", &append, "branch"_a, "tokens"_a.none(), "logprobs"_a = nb::none(),
            "retain"_a = false, docs::kAppend)
-      .def("append_batch", &append_batch, "branches"_a.none(), "tokens"_a.none(), "logprobs"_a = nb::none(),
+      .def("append_batch", &append_batch, "branches"_a.none(), "tokens"_a.none(),
+           "logprobs"_a = nb::none(),
            docs::kAppendBatch)
       .def("rollback", [](PyCore& s, int64_t b, int64_t n) { return s.core->rollback(b, n); },
            "branch"_a, "n"_a, docs::kRollback)

@@ -91,8 +91,8 @@ class SegmentTree {
   // A new tail with one reference for these tokens; sets *num_cached.
   Segment* create(const int32_t* tokens, int32_t count, const std::string& name,
                   int32_t* num_cached);
-  // The segment of the chain that ends at position (1 <= position <= tail->end()), split if need be;
-  // the caller adds a reference at once.
+  // The segment of the chain that ends at 1 <= position <= tail->end(), split if need be; the
+  // caller adds a reference at once.
   Segment* segment_ending_at(Segment* tail, int32_t position);
   // After a rollback: a page that its sole owner will rewrite leaves the index.
   void unindex_partial_page(Segment* tail);

@@ -1,14 +1,15 @@
 """search: greedy decoding, best-of-N and MCTS on scored texts, with the same token budget.
 
 The model is never told the score; each method only chooses among texts that the model writes.
-Best-of-N keeps the best of as many whole texts as the budget pays for (and may overrun it by one
-text, in its favour). MCTS spends at most the budget and is guided by the score of unfinished texts.
+Best-of-N keeps the best of as many whole texts as the budget pays for (and may overrun it a little,
+in its favour). MCTS spends at most the budget and is guided by the score of unfinished texts.
 Both go by the same value: the score, blended with a little mean log-probability.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -141,8 +142,8 @@ def _best_of_n(todo: Run, root: Branch) -> tuple[str, int]:
     value, sampling = todo.evaluator.bind(root), todo.task.sampling
     best, used, count = (-1.0, ""), 0, 0
     while used < todo.budget:
-        left = (todo.budget - used) // sampling.max_tokens
-        made = root.fork(max(1, min(BATCH, left)))
+        length = used / count if count else sampling.max_tokens
+        made = root.fork(min(BATCH, math.ceil((todo.budget - used) / length)))
         seeds = [(todo.seed << 32) + count + i for i in range(len(made))]
         done = todo.engine.complete(made, [sampling.replace(seed=seed) for seed in seeds])
         texts = [completion.text for completion in done]

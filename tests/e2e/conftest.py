@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lab_browser import CHROMIUM_FLAGS, Lab, find_browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory, default_model) -> Iterator[Lab]:
     """A running JupyterLab; the model is in the cache already."""
     server = Lab(tmp_path_factory.mktemp("lab"))
@@ -22,9 +22,12 @@ def lab(tmp_path_factory, default_model) -> Iterator[Lab]:
     server.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator:
-    """A headless Chromium; missing is an error in CI, a stated skip elsewhere."""
+    """A headless Chromium; missing is an error in CI, a stated skip elsewhere.
+
+    Not for the whole session: while Playwright lives, no other test can run an event loop.
+    """
     path = find_browser()
     if path is None:
         if os.environ.get("CI"):

@@ -54,7 +54,7 @@ def test_methods_are_compared_at_the_same_budget(tiny_model):
     assert list(by_method) == ["greedy", "best of N", "MCTS"]
     assert by_method["greedy"]["tokens"]["max"] <= 20
     assert by_method["MCTS"]["tokens"]["max"] <= 60
-    assert 60 <= by_method["best of N"]["tokens"]["max"] <= 80  # overruns by one text at most
+    assert 60 <= by_method["best of N"]["tokens"]["max"] <= 80  # it may overrun a little
     assert report["benchmark"] == "search"
     assert {text["instance"] for text in report["texts"]} == {"b"}
     again = search.run(argv)
