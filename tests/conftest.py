@@ -11,6 +11,21 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Longer forms of two tests; here, so that `pytest tests` knows them."""
+    parser.addoption(
+        "--core-examples",
+        type=int,
+        help="runs of the control plane's state machine, 50 steps each, drawn at random; without"
+        " it the same runs every time",
+    )
+    parser.addoption(
+        "--beam-full",
+        action="store_true",
+        help="compare beam search with transformers on 10 prompts of 64 tokens (minutes)",
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Directory of a random tiny model of a kind from tests/tiny_models.py, made once."""

@@ -12,14 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 BEAM_PROMPTS, BEAM_TOKENS = 3, 20
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--beam-full",
-        action="store_true",
-        help="compare beam search with transformers on 10 prompts of 64 tokens (minutes)",
-    )
-
-
 @pytest.fixture(scope="session")
 def beam_size(request: pytest.FixtureRequest) -> tuple[int, int]:
     """Prompts, and tokens of each, to compare with transformers."""
