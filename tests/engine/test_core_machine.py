@@ -67,7 +67,7 @@ def test_seeded_runs_reach_every_corner_and_agree(
     page_size: int, core_examples: int | None
 ) -> None:
     reached: Counter[str] = Counter()
-    seeds = -(-(core_examples or RUNS) // 3)
+    seeds = -(-max(core_examples or RUNS, RUNS) // 3)
     for seed in range(seeds):
         driver = CoreDriver(SeededDraw(seed), page_size)
         for _ in range(STEPS):
