@@ -155,7 +155,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     from dendrite_lab import bench
 
     result = bench.run(arguments.name, arguments.rest)
-    text = json.dumps(result, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(result, indent=2) + "\n"
     if arguments.json is None:
         print(text, end="")
     else:

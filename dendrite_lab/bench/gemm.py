@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import functools
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from dendrite_engine.models.linear import LinearFactory, PlainLinear
+from dendrite_engine.models.linear import Linear, LinearFactory, PlainLinear
 from dendrite_lab.bench import measure
 
+if TYPE_CHECKING:
+    import torch
+
+COLD_BYTES = 100_000_000  # weights are read in turn, so that none is in a cache when it is used
 SHAPES = {"qkv": (576, 960), "gate_up": (576, 3072), "down": (1536, 576), "lm_head": (576, 49152)}
 
 
@@ -23,13 +27,22 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     args = parser.parse_args(list(argv))
     factory, out = LinearFactory(), []
     for name, (inputs, outputs) in SHAPES.items():
-        weight = torch.randn(outputs, inputs)
-        packed, plain = factory(weight), PlainLinear(weight)
+        copies = max(1, COLD_BYTES // (4 * inputs * outputs))
+        weights = [torch.randn(outputs, inputs) for _ in range(copies)]
+        kinds: dict[str, list[Linear]] = {
+            "packed_us": [factory(weight) for weight in weights],
+            "plain_us": [PlainLinear(weight) for weight in weights],
+        }
         for rows in args.rows:
             x = torch.randn(rows, inputs)
             row: dict[str, Any] = {"matrix": name, "in": inputs, "out": outputs, "rows": rows}
-            for label, linear in (("packed_us", packed), ("plain_us", plain)):
-                seconds = measure.repeat(functools.partial(linear, x), args.repeats, warmup=3)
+            for label, linears in kinds.items():
+                turn = itertools.cycle(linears)
+                seconds = measure.repeat(_next_product(turn, x), args.repeats, warmup=copies)
                 row[label] = measure.spread([s * 1e6 for s in seconds], 1)
             out.append(row)
     return measure.report("gemm", argv, out, linear=f"{factory.name}: {factory.reason}")
+
+
+def _next_product(turn: Iterator[Linear], x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: next(turn)(x)

@@ -46,13 +46,18 @@ def report(
     """A benchmark's result: who measured what, where, with which versions."""
     return {
         "benchmark": name,
-        "command": " ".join(["dendrite-lab", "bench", name, *argv]),
+        "command": " ".join(["dendrite-lab", "bench", name, *map(_without_folder, argv)]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions(),
         "rows": rows,
         **extra,
     }
+
+
+def _without_folder(argument: str) -> str:
+    """Where a file lies says nothing to others; its name does."""
+    return Path(argument).name if "/" in argument else argument
 
 
 def machine() -> dict[str, Any]:
