@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
-BENCHMARKS ?= fork memory tree first-token
+BENCHMARKS ?= fork memory tree first-token search gemm
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

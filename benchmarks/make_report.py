@@ -37,6 +37,11 @@ batch outside the timing.""",
 `at_end_ms`: fork at the end of a prefix whose logits are kept, no forward pass needed. `inside_ms`:
 fork 7 tokens before the end; one row is recomputed for all children together. `decode_step_ms`: one
 step of the same number of branches.""",
+    "search": """\
+`twister`: a line in which many of the first ten words begin with a letter (score: share of them;
+solved: half). `words`: one sentence with four given words. Each method has 600 tokens (greedy needs
+fewer); best-of-N and MCTS rank by the same value. The settings were chosen on half of the twister's
+letters; the notebook 02_mcts_live shows both halves.""",
     "gemm": "SmolLM2-135M's matrices, fp32: weights packed once, and plain `torch` calls.",
 }
 
