@@ -263,7 +263,7 @@ def test_a_seeded_search_repeats_on_the_same_root_and_an_unseeded_one_goes_on_dr
         ("normalise", True),
         ("final", ""),
         ("target", math.nan),
-        ("stop", "ab"),
+        ("stop", ""),
         ("stop", ("",)),
         ("seed", -1),
         ("seed", 1.5),
@@ -274,3 +274,7 @@ def test_a_seeded_search_repeats_on_the_same_root_and_an_unseeded_one_goes_on_dr
 def test_a_bad_option_is_refused_by_name(option, value):
     with pytest.raises(InvalidArgument, match=option):
         MCTS(**{option: value})
+
+
+def test_a_single_stop_string_needs_no_tuple():
+    assert MCTS(stop="ab").stop == MCTS(stop=("ab",)).stop == ("ab",)

@@ -98,7 +98,7 @@ class MCTS(Search[MCTSState]):
     parallel: int = 4
     virtual_loss: int = 1
     expansion: Literal["sample", "top_k"] = "sample"
-    stop: Sequence[str] | None = None
+    stop: Sequence[str] | str | None = None
     sampling: SamplingParams | None = None
     normalise: Literal["none", "minmax"] = "none"
     target: float | None = None
@@ -119,6 +119,8 @@ class MCTS(Search[MCTSState]):
             whole("max_depth", self.max_depth, 1)
         if self.target is not None:
             number("target", self.target)
+        if isinstance(self.stop, str):  # as SamplingParams takes it
+            object.__setattr__(self, "stop", (self.stop,))
         if self.stop is not None:
             strings("stop", self.stop)
         one_of("expansion", self.expansion, ("sample", "top_k"))
