@@ -6,9 +6,12 @@ and spread. `benchmarks/make_report.py` turns the stored reports into BENCHMARKS
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from dendrite_engine.errors import InvalidArgument
 from dendrite_engine.registry import Registry
 
 BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
@@ -31,3 +34,18 @@ def run(name: str, argv: Sequence[str] = ()) -> dict[str, Any]:
         UnknownName: no such benchmark; the message lists them.
     """
     return BENCHMARKS.get(name)(argv)
+
+
+def stored(name: str) -> dict[str, Any]:
+    """The report of the benchmark called `name` that BENCHMARKS.md is made from.
+
+    Raises:
+        InvalidArgument: no report of that name is stored.
+    """
+    here = Path(__file__).resolve().parent
+    for folder in (here.parents[1] / "benchmarks" / "results", here / "results"):
+        file = folder / f"{name}.json"
+        if file.is_file():
+            report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return report
+    raise InvalidArgument(f"no stored report of the benchmark {name!r}")

@@ -67,3 +67,12 @@ def test_methods_are_compared_at_the_same_budget(tiny_model):
 def test_options_that_make_no_sense_are_refused(argv):
     with pytest.raises(InvalidArgument, match=argv[0]):
         search.run(argv)
+
+
+def test_the_stored_report_is_the_one_of_this_benchmark_and_others_are_refused():
+    from dendrite_engine.errors import InvalidArgument
+    from dendrite_lab.bench import stored
+
+    assert stored("search")["benchmark"] == "search"
+    with pytest.raises(InvalidArgument, match="no stored report of the benchmark 'nothing'"):
+        stored("nothing")
