@@ -56,6 +56,12 @@ class Desk:
         """Number of events logged so far."""
         return self.kernel.evaluate("len(engine.trace)")
 
+    def until(self, condition: str) -> None:
+        """Ask the kernel until a Python condition holds; AssertionError after a minute."""
+        deadline = time.monotonic() + 60
+        while not self.kernel.evaluate(f"bool({condition})"):
+            assert time.monotonic() < deadline, f"never became true: {condition}"
+
     def allowed_seconds(self) -> float:
         """One decode step, the slowest of late, and the agreed rest."""
         return self.kernel.evaluate("max(engine._loop.step_ms) / 1e3") + ANSWER_SECONDS
@@ -112,8 +118,7 @@ def test_clicking_fork_makes_a_branch_that_python_sees(desk):
     desk.key("Home", "1")
     before = desk.kernel.evaluate("len(engine.branches)")
     desk.root.get_by_role("button", name="Fork").click()
-    desk.page.wait_for_timeout(500)
-    assert desk.kernel.evaluate("len(engine.branches)") == before + 1
+    desk.until(f"len(engine.branches) == {before + 1}")
     assert desk.kernel.evaluate("explorer.selected is not None")
 
 
@@ -170,10 +175,10 @@ def test_a_running_search_is_paused_by_a_click_while_a_cell_is_busy(desk):
 
 def test_model_text_is_never_run_as_markup(desk):
     desk.kernel.finish(desk.kernel.start(f"explorer.simulate('prompt', text={HOSTILE!r})"))
-    desk.page.wait_for_timeout(1000)
     desk.root.scroll_into_view_if_needed()
-    desk.key("End", "g")
-    desk.page.wait_for_timeout(500)
+    desk.key("g")
+    shown = desk.root.get_by_role("treeitem").filter(has_text="<img src=x")
+    shown.first.wait_for(timeout=MINUTE)
     desk.key("g")
     assert desk.page.evaluate("window.pwned") is None
     assert desk.page.locator(".dl-root img, .dl-root script").count() == 0
