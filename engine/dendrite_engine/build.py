@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dendrite_engine import kernels
-from dendrite_engine.attention import ATTENTION_BACKENDS, AttentionBackend
+from dendrite_engine.attention import ATTENTION_BACKENDS, AttentionBackend, ForwardBatch
 from dendrite_engine.cache import core_implementation, make_core
 from dendrite_engine.cache.formats import PAGE_FORMATS, PageShape
 from dendrite_engine.cache.pages import KVPages, PageGuard
@@ -150,7 +150,7 @@ def _page_shape(config: EngineConfig, model: ModelConfig, page_format: Any) -> P
     )
 
 
-def _kernels(config: EngineConfig) -> tuple[Any, AttentionBackend]:
+def _kernels(config: EngineConfig) -> tuple[Any, AttentionBackend[ForwardBatch]]:
     name = "tree" if config.attention == "auto" else config.attention
     ops = kernels.load("reference" if name == "reference" else "auto")
     return ops, ATTENTION_BACKENDS.get(name)(ops)
@@ -160,7 +160,7 @@ def _report(
     config: EngineConfig,
     core: Any,
     ops: Any,
-    attention: AttentionBackend,
+    attention: AttentionBackend[ForwardBatch],
     transformer: Transformer,
     pages: KVPages,
 ) -> dict[str, str]:

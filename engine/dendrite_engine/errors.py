@@ -93,6 +93,16 @@ class DownloadError(ModelError):
     """A model is neither in the cache nor reachable over the network."""
 
 
+class DeviceError(DendriteError):
+    """The device failed (a CUDA error); the engine refuses further calls with the first error."""
+
+
+class BackendUnavailable(DendriteError):
+    """An attention backend can't run here; the text says why. The engine takes another one and
+    reports it.
+    """
+
+
 class EngineClosed(DendriteError):
     """The engine was closed, or stopped by an earlier error that the message repeats."""
 

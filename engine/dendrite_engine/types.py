@@ -84,6 +84,17 @@ class Completion:
         return sum(self.logprobs)
 
 
+@dataclass(slots=True, eq=False)
+class LogitsEpoch:
+    """The time during which logits stay in a buffer that a later forward pass overwrites.
+
+    Attributes:
+        is_current: set to False by the runner just before it overwrites them.
+    """
+
+    is_current: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A reading of the engine's counters. Pages are counts; bytes are K and V of all layers.
@@ -110,8 +121,10 @@ class EngineStats:
         tokens_computed: rows that went through the model.
         tokens_generated: tokens sampled.
         step_ms_p50: median time of the last 256 forward passes, in ms (0 before the first).
-        step_ms_last: time of the last forward pass, in ms.
+        step_ms_last: time of the last forward pass whose time is known, in ms.
         jobs_running: jobs that still generate.
+        graph_steps: forward passes that were replays of a captured CUDA graph.
+        host_ms_last: what the engine thread spent on launching the last forward pass, in ms.
     """
 
     pages_total: int
@@ -137,3 +150,5 @@ class EngineStats:
     step_ms_p50: float
     step_ms_last: float
     jobs_running: int
+    graph_steps: int = 0
+    host_ms_last: float = 0.0

@@ -6,14 +6,36 @@ from collections.abc import Callable
 from typing import Any
 
 from dendrite_engine.attention.base import AttentionBackend, ForwardBatch, Plan
+from dendrite_engine.attention.device_base import AttentionSetup, DeviceAttention, DeviceBatch
 from dendrite_engine.registry import Registry
 
-ATTENTION_BACKENDS: Registry[Callable[[Any], AttentionBackend]] = Registry(
+ATTENTION_BACKENDS: Registry[Callable[[Any], AttentionBackend[ForwardBatch]]] = Registry(
     "attention backend",
     {
         "tree": "dendrite_engine.attention.tree:TreeAttention",
         "reference": "dendrite_engine.attention.reference:ReferenceAttention",
+        "flashinfer": "dendrite_engine.attention.flashinfer:FlashInferAttention",
+        "flashinfer-flat": "dendrite_engine.attention.flashinfer:flat",
+        "flashinfer-cascade": "dendrite_engine.attention.flashinfer:cascade",
     },
 )
 
-__all__ = ["ATTENTION_BACKENDS", "AttentionBackend", "ForwardBatch", "Plan"]
+DEVICE_ATTENTION_BACKENDS: Registry[type[DeviceAttention]] = Registry(
+    "attention backend of the device path",
+    {
+        "tree": "dendrite_engine.attention.device_tree:DeviceTreeAttention",
+        "reference": "dendrite_engine.attention.device_reference:DeviceReferenceAttention",
+        "flashinfer": "dendrite_engine.attention.flashinfer:FlashInferAttention",
+    },
+)
+
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "DEVICE_ATTENTION_BACKENDS",
+    "AttentionBackend",
+    "AttentionSetup",
+    "DeviceAttention",
+    "DeviceBatch",
+    "ForwardBatch",
+    "Plan",
+]

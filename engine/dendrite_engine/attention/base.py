@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -70,8 +70,14 @@ class ForwardBatch:
         )
 
 
-class AttentionBackend(ABC):
+Batch = TypeVar("Batch")
+
+
+class AttentionBackend(ABC, Generic[Batch]):
     """Attends over the pages of the live tree.
+
+    `Batch` is what a forward pass hands to every layer: `ForwardBatch` on the CPU path,
+    `DeviceBatch` (attention.device_base) on the device path.
 
     Attributes:
         name: key in the registry.
@@ -87,7 +93,7 @@ class AttentionBackend(ABC):
         q: torch.Tensor,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
-        batch: ForwardBatch,
+        batch: Batch,
         out: torch.Tensor,
         *,
         scale: float,
@@ -96,10 +102,10 @@ class AttentionBackend(ABC):
         """Write softmax(q K^T * scale) V into `out`.
 
         Args:
-            q: fp32 [T, heads, head_dim].
+            q: compute dtype (fp32 on the CPU path) [T, heads, head_dim].
             k_pages, v_pages: one layer of the pool, K/V of these rows already stored.
             batch: the step's batch.
-            out: fp32 [T, heads, head_dim], overwritten.
+            out: like q, overwritten.
             scale: factor on the scores.
             window: 0, or the sliding window in tokens.
         """

@@ -9,7 +9,7 @@ import torch
 from dendrite_engine.attention.base import AttentionBackend, ForwardBatch, Plan
 
 
-class ReferenceAttention(AttentionBackend):
+class ReferenceAttention(AttentionBackend[ForwardBatch]):
     """Gathers each work item's K and V and calls scaled_dot_product_attention in fp32.
 
     Shares nothing between branches and knows nothing of the tree: slow, and right by inspection.

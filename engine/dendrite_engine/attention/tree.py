@@ -9,7 +9,7 @@ import torch
 from dendrite_engine.attention.base import AttentionBackend, ForwardBatch
 
 
-class TreeAttention(AttentionBackend):
+class TreeAttention(AttentionBackend[ForwardBatch]):
     """The engine's kernels: native SIMD, or their torch twins where the native module is
     missing.
     """

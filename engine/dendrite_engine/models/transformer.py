@@ -66,7 +66,11 @@ class Transformer:
         self._cos, self._sin = rope_tables(self.config, max_positions)
 
     def forward(
-        self, batch: ForwardBatch, pages: KVPages, attention: AttentionBackend, ops: Any
+        self,
+        batch: ForwardBatch,
+        pages: KVPages,
+        attention: AttentionBackend[ForwardBatch],
+        ops: Any,
     ) -> torch.Tensor:
         """Run one batch: store its K/V, return logits fp32 [len(batch.logits_rows), vocab].
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from dendrite_engine.tree.host import BranchHost
+    from dendrite_engine.types import LogitsEpoch
 
 MAX_FORKS_PER_CALL = 65_536
 
@@ -26,6 +27,12 @@ class LogitsRow(NamedTuple):
     num_tokens: int
     tensor: torch.Tensor  # fp32 [R, vocab]
     row: int
+    epoch: LogitsEpoch | None = None  # None: the tensor is never overwritten
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the tensor still holds these logits; copy the row to keep them longer."""
+        return self.epoch is None or self.epoch.is_current
 
 
 class Branch:
