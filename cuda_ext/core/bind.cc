@@ -61,11 +61,13 @@ void check_same_size(const char* a, size_t size_a, const char* b, size_t size_b)
                              " has " + std::to_string(size_b) + "; they must be equal");
 }
 
-std::optional<ArrayArg<float>> optional_logprobs(nb::handle logprobs, size_t size) {
-  std::optional<ArrayArg<float>> values;
-  if (logprobs.is_none()) return values;
-  values.emplace(logprobs, "logprobs");
-  check_same_size("logprobs", values->size(), "tokens", size);
+// One entry a token, or none at all.
+template <class T>
+std::optional<ArrayArg<T>> optional_array(nb::handle value, const char* name, size_t num_tokens) {
+  std::optional<ArrayArg<T>> values;
+  if (value.is_none()) return values;
+  values.emplace(value, name);
+  check_same_size(name, values->size(), "tokens", num_tokens);
   return values;
 }
 
@@ -79,20 +81,22 @@ nb::tuple create(PyCore& self, nb::handle tokens, const std::string& name) {
 
 void append(PyCore& self, int64_t branch, nb::handle tokens, nb::handle logprobs, bool retain) {
   ArrayArg<int32_t> ids(tokens, "tokens");
-  auto values = optional_logprobs(logprobs, ids.size());
+  auto values = optional_array<float>(logprobs, "logprobs", ids.size());
   call_maybe_without_gil(ids.size() > kManyTokens, [&] {
     self.core->append(branch, ids.data(), ids.size(), values ? values->data() : nullptr, retain);
   });
 }
 
 NumpyArray<uint8_t> append_batch(PyCore& self, nb::handle branches, nb::handle tokens,
-                                 nb::handle logprobs) {
+                                 nb::handle logprobs, nb::handle expected) {
   ArrayArg<int64_t> handles(branches, "branches");
   ArrayArg<int32_t> ids(tokens, "tokens");
   check_same_size("branches", handles.size(), "tokens", ids.size());
-  auto values = optional_logprobs(logprobs, ids.size());
-  return to_numpy(self.core->append_batch(handles.data(), ids.data(),
-                                          values ? values->data() : nullptr, ids.size()));
+  auto values = optional_array<float>(logprobs, "logprobs", ids.size());
+  auto lengths = optional_array<int32_t>(expected, "expected", ids.size());
+  return to_numpy(self.core->append_batch(
+      handles.data(), ids.data(), values ? values->data() : nullptr,
+      lengths ? lengths->data() : nullptr, ids.size()));
 }
 
 nb::object plan(PyCore& self, nb::handle branches, nb::handle quotas) {
@@ -214,8 +218,7 @@ void bind_writing(nb::class_<PyCore>& cls) {
       .def("append", &append, "branch"_a, "tokens"_a.none(), "logprobs"_a = nb::none(),
            "retain"_a = false, docs::kAppend)
       .def("append_batch", &append_batch, "branches"_a.none(), "tokens"_a.none(),
-           "logprobs"_a = nb::none(),
-           docs::kAppendBatch)
+           "logprobs"_a = nb::none(), "expected"_a = nb::none(), docs::kAppendBatch)
       .def("rollback", [](PyCore& s, int64_t b, int64_t n) { return s.core->rollback(b, n); },
            "branch"_a, "n"_a, docs::kRollback)
       .def("prune", [](PyCore& s, int64_t b) { return s.core->prune(b); }, "branch"_a,

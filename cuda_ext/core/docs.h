@@ -24,8 +24,9 @@ inline constexpr const char* kAppend =
     "Takes the pages they need or raises OutOfPages. `retain` keeps full pages in the prefix\n"
     "index after the branch is gone. Amortised O(n).";
 inline constexpr const char* kAppendBatch =
-    "One token for each branch; returns uint8[n]: 0 done, 1 out of pages, 2 stale.\n\n"
-    "A row that fails changes nothing and does not stop the others.";
+    "One token for each branch; returns uint8[n]: 0 done, 1 out of pages, 2 stale, 3 changed.\n\n"
+    "A row that fails changes nothing and does not stop the others. Changed: the branch does not\n"
+    "hold the expected number of tokens (int32[n]); no branch is checked without `expected`.";
 inline constexpr const char* kRollback =
     "Drop the last `n` tokens of this branch (1 <= n < num_tokens); returns the pages released.\n\n"
     "Branches that share the tokens keep them. O(tokens dropped).";

@@ -148,7 +148,8 @@ void TreeCore::append(Handle branch, const int32_t* tokens, size_t count, const 
 }
 
 std::vector<uint8_t> TreeCore::append_batch(const Handle* branches, const int32_t* tokens,
-                                            const float* logprobs, size_t count) {
+                                            const float* logprobs, const int32_t* expected,
+                                            size_t count) {
   check_tokens(tokens, count);
   std::vector<uint8_t> status(count, 0);
   Lock lock(mutex_);
@@ -156,6 +157,10 @@ std::vector<uint8_t> TreeCore::append_batch(const Handle* branches, const int32_
     Segment* tail = find_tail(branches[i]);
     if (!tail) {
       status[i] = 2;
+      continue;
+    }
+    if (expected && tail->end() != expected[i]) {
+      status[i] = 3;
       continue;
     }
     try {

@@ -71,8 +71,9 @@ class TreeCore {
   Handle fork_at(Handle branch, int64_t position);
   void append(Handle branch, const int32_t* tokens, size_t count, const float* logprobs,
               bool retain);
+  // `logprobs` and `expected` may be null.
   std::vector<uint8_t> append_batch(const Handle* branches, const int32_t* tokens,
-                                    const float* logprobs, size_t count);
+                                    const float* logprobs, const int32_t* expected, size_t count);
   int64_t rollback(Handle branch, int64_t count);
   int64_t prune(Handle branch);
 

@@ -137,12 +137,19 @@ class TreeCore:
             OutOfPages: the pages can't be had even by evicting.
         """
     def append_batch(
-        self, branches: IntegerArray, tokens: IntegerArray, logprobs: FloatArray | None = None
+        self,
+        branches: IntegerArray,
+        tokens: IntegerArray,
+        logprobs: FloatArray | None = None,
+        expected: IntegerArray | None = None,
     ) -> UInt8Array:
-        """Add one token to each branch; returns status [n]: 0 done, 1 out of pages, 2 stale.
+        """Add one token to each branch; returns status [n]: 0 done, 1 out of pages, 2 stale, 3
+        changed.
 
-        branches int64[n], tokens int32[n], logprobs float32[n]. A row that fails changes nothing
-        and does not stop the rows after it.
+        branches int64[n], tokens int32[n], logprobs float32[n], expected int32[n]. A row that fails
+        changes nothing and does not stop the rows after it. Changed: the branch does not hold the
+        expected number of tokens, so the token was chosen for another text. Check and append are
+        one: no other thread gets in between.
         """
     def rollback(self, branch: int, n: int) -> int:
         """Drop the last `n` tokens (1 <= n < num_tokens) of this branch; returns pages released.

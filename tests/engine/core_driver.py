@@ -133,7 +133,10 @@ class CoreDriver:
         count = self.draw.integer(0, 5)
         branches = [self._branch() for _ in range(count)]
         tokens = [self.draw.integer(0, 2) for _ in range(count)]
-        self.pair.call("append_batch", branches, tokens, [-0.5] * count)
+        expected = None
+        if self.draw.choice([True, False]):  # mostly right; a branch named twice changes itself
+            expected = [self._num_tokens(b) + self.draw.choice([0, 0, 0, 1, -1]) for b in branches]
+        self.pair.call("append_batch", branches, tokens, [-0.5] * count, expected)
 
     def rollback(self) -> None:
         branch = self._branch()

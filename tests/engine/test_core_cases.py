@@ -263,6 +263,32 @@ def test_siblings_of_a_row_that_gets_no_page_go_on():
     pair.compute_all()
 
 
+def test_a_branch_that_changed_since_its_token_was_chosen_does_not_get_it(pair):
+    branch = root(pair, 7)
+    forks = pair.make("fork_many", branch, 5)
+    pair.prune(forks[3])
+    pair.call("append", forks[1], [1])
+    pair.call("rollback", forks[2], 1)
+    kind, status = pair.call("append_batch", forks, [5, 6, 7, 8, 9], None, [7, 7, 7, 7, 7])
+    assert (kind, status.tolist()) == ("returned", [0, 3, 3, 2, 0])
+    assert [pair.native.num_tokens(f) for f in (forks[0], *forks[1:3], forks[4])] == [8, 8, 6, 8]
+    pair.compute_all()
+
+
+def test_a_branch_named_twice_in_a_batch_gets_the_first_token_only(pair):
+    branch = root(pair, 3)
+    _, status = pair.call("append_batch", [branch, branch], [5, 6], [-1.0, -2.0], [3, 3])
+    assert status.tolist() == [0, 3]
+    assert pair.native.tokens(branch, 3).tolist() == [5]
+
+
+def test_the_length_is_checked_before_the_pages():
+    pair = CorePair(2, PAGE)
+    branch = root(pair, 2 * PAGE)
+    _, status = pair.call("append_batch", [branch, branch], [1, 1], None, [7, 8])
+    assert status.tolist() == [3, 1]
+
+
 def test_out_of_handles_and_positions_are_refused(pair):
     branch = root(pair, 5)
     for call in [("fork_many", branch, 0), ("fork_at", branch, 6), ("rollback", branch, 5)]:

@@ -150,7 +150,7 @@ class TreeCore:
     ) -> None:
         """Add tokens to one branch, all or none."""
         ids = as_array("tokens", tokens, "int32").tolist()
-        values = self._logprobs_arg(logprobs, len(ids))
+        values = self._per_token("logprobs", logprobs, "float32", len(ids))
         check_tokens(ids)
         with self._lock:
             tail = self._tail(branch)
@@ -158,29 +158,35 @@ class TreeCore:
             self._tails[branch & 0xFFFFFFFF] = tail
 
     @staticmethod
-    def _logprobs_arg(logprobs: object, count: int) -> list[float] | None:
-        if logprobs is None:
+    def _per_token(name: str, value: object, dtype: str, count: int) -> list[Any] | None:
+        if value is None:
             return None
-        values: list[float] = as_array("logprobs", logprobs, "float32").tolist()
-        check_same_size("logprobs", len(values), "tokens", count)
+        values = as_array(name, value, dtype).tolist()
+        check_same_size(name, len(values), "tokens", count)
         return values
 
-    def append_batch(self, branches: object, tokens: object, logprobs: object = None) -> UInt8Array:
-        """One token for each branch; 0 done, 1 out of pages, 2 stale."""
+    def append_batch(
+        self, branches: object, tokens: object, logprobs: object = None, expected: object = None
+    ) -> UInt8Array:
+        """One token for each branch; 0 done, 1 out of pages, 2 stale, 3 changed."""
         handles = as_array("branches", branches, "int64").tolist()
         ids = as_array("tokens", tokens, "int32").tolist()
         check_same_size("branches", len(handles), "tokens", len(ids))
-        values = self._logprobs_arg(logprobs, len(ids))
+        values = self._per_token("logprobs", logprobs, "float32", len(ids))
+        lengths = self._per_token("expected", expected, "int32", len(ids))
         check_tokens(ids)
+        none = [None] * len(ids)
+        rows = zip(handles, ids, values or none, lengths or none, strict=True)
         with self._lock:
-            status = [
-                self._append_status(branch, ids[i], None if values is None else values[i])
-                for i, branch in enumerate(handles)
-            ]
+            status = [self._append_status(*row) for row in rows]
         return np.array(status, dtype=np.uint8)
 
-    def _append_status(self, branch: int, token: int, logprob: float | None) -> int:
+    def _append_status(
+        self, branch: int, token: int, logprob: float | None, expected: int | None
+    ) -> int:
         try:
+            if expected is not None and self._tail(branch).end != expected:
+                return 3
             self.append(branch, [token], None if logprob is None else [logprob])
         except OutOfPages:
             return 1
