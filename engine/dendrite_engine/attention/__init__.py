@@ -14,9 +14,9 @@ ATTENTION_BACKENDS: Registry[Callable[[Any], AttentionBackend[ForwardBatch]]] = 
     {
         "tree": "dendrite_engine.attention.tree:TreeAttention",
         "reference": "dendrite_engine.attention.reference:ReferenceAttention",
-        "flashinfer": "dendrite_engine.attention.flashinfer:FlashInferAttention",
-        "flashinfer-flat": "dendrite_engine.attention.flashinfer:flat",
-        "flashinfer-cascade": "dendrite_engine.attention.flashinfer:cascade",
+        "flashinfer": "dendrite_engine.attention.flashinfer:on_cpu",
+        "flashinfer-flat": "dendrite_engine.attention.flashinfer:on_cpu",
+        "flashinfer-cascade": "dendrite_engine.attention.flashinfer:on_cpu",
     },
 )
 
@@ -26,6 +26,8 @@ DEVICE_ATTENTION_BACKENDS: Registry[type[DeviceAttention]] = Registry(
         "tree": "dendrite_engine.attention.device_tree:DeviceTreeAttention",
         "reference": "dendrite_engine.attention.device_reference:DeviceReferenceAttention",
         "flashinfer": "dendrite_engine.attention.flashinfer:FlashInferAttention",
+        "flashinfer-flat": "dendrite_engine.attention.flashinfer:FlashInferFlat",
+        "flashinfer-cascade": "dendrite_engine.attention.flashinfer:FlashInferCascade",
     },
 )
 
