@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // One copy per library: several libraries with an emulator can live in one process.
 #define DENDRITE_HIDDEN __attribute__((visibility("hidden")))
@@ -13,7 +14,7 @@
 #define __grid_constant__
 #define __forceinline__ inline
 
-struct int2 {
+struct alignas(8) int2 {
   int x, y;
 };
 struct alignas(16) int4 {
@@ -54,15 +55,17 @@ DENDRITE_HIDDEN inline dim3 gridDim;
 // What CUDA finds without a namespace; kernels live in dendrite.
 namespace dendrite {
 
-template <class T>
-constexpr T min(T a, T b) {
-  return b < a ? b : a;
+template <class A, class B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<T>) return std::fmin(T(a), T(b));
+  return T(b) < T(a) ? T(b) : T(a);
 }
-template <class T>
-constexpr T max(T a, T b) {
-  return a < b ? b : a;
+template <class A, class B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<T>) return std::fmax(T(a), T(b));
+  return T(a) < T(b) ? T(b) : T(a);
 }
-inline float min(float a, float b) { return std::fmin(a, b); }
-inline float max(float a, float b) { return std::fmax(a, b); }
 
 }  // namespace dendrite

@@ -1,43 +1,38 @@
 // Stacks of their own, and the switch between them: a function of a few instructions on x86-64 and
-// aarch64, ucontext elsewhere.
+// aarch64, ucontext elsewhere. AddressSanitizer is told of every switch.
 #pragma once
-
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
+#include <cstring>
 
 #include "cuda_names.h"
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
-#define DENDRITE_UCONTEXT 1
-#include <ucontext.h>
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define DENDRITE_SANITIZE 1
+#endif
+#elif defined(__SANITIZE_ADDRESS__)
+#define DENDRITE_SANITIZE 1
+#endif
+#ifdef DENDRITE_SANITIZE
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
 #endif
 
-namespace dendrite::emulator {
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#define DENDRITE_UCONTEXT 1
+#endif
+#ifdef DENDRITE_UCONTEXT
+#include <ucontext.h>
+#else
+// Saves the registers that a call keeps on the running stack, and goes on where `load` was saved.
+// Every translation unit has its own, so the name is never seen by the linker.
+extern "C" void dendrite_switch_stack(void** save, void* load) asm("dendrite_switch_stack");
+#endif
 
 #ifdef DENDRITE_UCONTEXT
-
-struct Context {
-  ucontext_t state;
-};
-inline void switch_context(Context* from, Context* to) { swapcontext(&from->state, &to->state); }
-inline void prepare(Context* context, char* bottom, size_t size, void (*entry)()) {
-  getcontext(&context->state);
-  context->state.uc_stack.ss_sp = bottom;
-  context->state.uc_stack.ss_size = size;
-  context->state.uc_link = nullptr;
-  makecontext(&context->state, entry, 0);
-}
-
-#else
-
-// Saves the registers that a call keeps on the running stack, and goes on where `load` was saved.
-extern "C" void dendrite_switch_stack(void** save, void* load) asm("dendrite_switch_stack");
-
-#if defined(__x86_64__)
+#elif defined(__x86_64__)
 asm(R"(
   .text
   .p2align 4
@@ -58,8 +53,6 @@ dendrite_switch_stack:
   popq %rbp
   ret
 )");
-constexpr size_t kSavedBytes = 6 * 8 + 8, kEntryOffset = 6 * 8;
-constexpr size_t kAbove = 8;  // entered like a function that was called: 8 bytes below a multiple of 16
 #else
 asm(R"(
   .text
@@ -92,50 +85,78 @@ dendrite_switch_stack:
   add sp, sp, #160
   ret
 )");
-constexpr size_t kSavedBytes = 160, kEntryOffset = 88, kAbove = 0;
 #endif
 
+namespace dendrite::emulator {
+
+// Where a fiber (or the thread that started them all) goes on, and its stack.
 struct Context {
-  void* stack_pointer;
+#ifdef DENDRITE_UCONTEXT
+  ucontext_t state{};
+#else
+  void* stack_pointer = nullptr;
+#endif
+  const void* bottom = nullptr;
+  size_t size = 0;
 };
-inline void switch_context(Context* from, Context* to) {
-  dendrite_switch_stack(&from->stack_pointer, to->stack_pointer);
-}
-inline void prepare(Context* context, char* bottom, size_t size, void (*entry)()) {
-  char* top = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(bottom + size) & ~uintptr_t(15));
-  char* saved = top - 16 - kAbove - kSavedBytes;
-  std::memset(saved, 0, size_t(top - saved));
-  const uintptr_t target = reinterpret_cast<uintptr_t>(entry);
-  std::memcpy(saved + kEntryOffset, &target, sizeof target);
-  context->stack_pointer = saved;
-}
 
+#ifdef DENDRITE_SANITIZE
+DENDRITE_HIDDEN inline Context* switched_from = nullptr;
+
+inline void announce_switch(void** fake, Context* from, const Context* to) {
+  switched_from = from;
+  __sanitizer_start_switch_fiber(fake, to->bottom, to->size);
+}
+// Called first on the new stack; learns the bounds of the old one, which may be a thread's own.
+inline void finish_switch(void* fake) {
+  __sanitizer_finish_switch_fiber(fake, &switched_from->bottom, &switched_from->size);
+}
+inline void clean_stack(const Context& context) {
+  __asan_unpoison_memory_region(context.bottom, context.size);
+}
+#else
+inline void announce_switch(void**, Context*, const Context*) {}
+inline void finish_switch(void*) {}
+inline void clean_stack(const Context&) {}
 #endif
 
-// Stacks with an unmapped page below each, taken as they are needed and kept.
-class Stacks {
- public:
-  static constexpr size_t kBytes = size_t(1) << 18;
-  static constexpr size_t kMost = 1024;
+inline void switch_context(Context* from, Context* to) {
+  void* fake = nullptr;
+  announce_switch(&fake, from, to);
+#ifdef DENDRITE_UCONTEXT
+  swapcontext(&from->state, &to->state);
+#else
+  dendrite_switch_stack(&from->stack_pointer, to->stack_pointer);
+#endif
+  finish_switch(fake);
+}
 
-  // Lowest usable byte and size of stack `index`. Tops are shifted against one another: at the same
-  // offset from a page, the stacks of a block would fight for the same few cache lines.
-  char* bottom(size_t index) {
-    if (base_ == nullptr) reserve();
-    return base_ + index * kBytes + page();
-  }
-  size_t size(size_t index) const { return kBytes - page() - (index % 61) * 320; }
-
- private:
-  static size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
-  void reserve() {
-    void* memory = mmap(nullptr, kBytes * kMost, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for stacks");
-    base_ = static_cast<char*>(memory);
-    for (size_t i = 0; i < kMost; ++i) mprotect(base_ + i * kBytes, page(), PROT_NONE);
-  }
-  char* base_ = nullptr;
-};
+// Makes a context that starts with entry(), which calls finish_switch(nullptr) and doesn't return.
+inline void prepare(Context* context, char* bottom, size_t size, void (*entry)()) {
+  context->bottom = bottom;
+  context->size = size;
+  clean_stack(*context);
+#ifdef DENDRITE_UCONTEXT
+  getcontext(&context->state);
+  context->state.uc_stack.ss_sp = bottom;
+  context->state.uc_stack.ss_size = size;
+  context->state.uc_link = nullptr;
+  makecontext(&context->state, entry, 0);
+#else
+#if defined(__x86_64__)
+  // Entered as by a call: 8 bytes, the address to return to, below a multiple of 16.
+  constexpr size_t saved = 6 * 8 + 8, entry_at = 6 * 8, above = 8;
+#else
+  constexpr size_t saved = 160, entry_at = 88, above = 0;
+#endif
+  const uintptr_t end = reinterpret_cast<uintptr_t>(bottom) + size;
+  char* top = bottom + size - end % 16;
+  char* frame = top - 16 - above - saved;
+  const uintptr_t target = reinterpret_cast<uintptr_t>(entry);
+  std::memset(frame, 0, size_t(top - frame));
+  std::memcpy(frame + entry_at, &target, sizeof target);
+  context->stack_pointer = frame;
+#endif
+}
 
 }  // namespace dendrite::emulator

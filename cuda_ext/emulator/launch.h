@@ -40,9 +40,15 @@ int max_blocks_per_multiprocessor(void (*)(Parameters...), int, size_t) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, cudaStream_t,
-                   bool, Arguments&&... arguments) {
+void launch_kernel(void (*kernel)(Parameters...), emulator::Grid grid, dim3 block, size_t smem,
+                   cudaStream_t, bool, Arguments&&... arguments) {
   emulate(kernel, grid, block, smem, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace dendrite
+
+// For a test that has loaded a library with launchers in it.
+extern "C" __attribute__((visibility("default"), used)) inline void dendrite_emulator_set_device(
+    int num_multiprocessors, int max_blocks_per_multiprocessor) {
+  dendrite::emulator::set_device(num_multiprocessors, max_blocks_per_multiprocessor);
+}

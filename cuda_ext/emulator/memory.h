@@ -2,7 +2,10 @@
 // until then its destination holds NaN: a kernel that forgets to wait shows it.
 #pragma once
 
-#include "block.h"
+#include <cstring>
+#include <string>
+
+#include "machine.h"
 
 namespace dendrite {
 namespace emulator {
@@ -37,9 +40,9 @@ inline void cp_async_16(void* smem, const void* gmem, int valid_bytes) {
     machine.fail("cp_async_16: valid_bytes is " + std::to_string(valid_bytes));
   emulator::check_16(smem, "cp_async_16 into shared memory");
   emulator::check_16(gmem, "cp_async_16 from global memory");
-  if (!machine.is_shared(to) || !machine.is_shared(to + 15))
+  if (!machine.is_shared(to, 16))
     machine.fail("cp_async_16: destination at byte " +
-                 std::to_string(to - machine.shared_memory()) + " of shared memory of " +
+                 std::to_string(to - machine.shared_memory()) + " of shared memory, which has " +
                  std::to_string(machine.shared_bytes()) + " bytes");
   emulator::check_global(gmem, "cp_async_16");
   std::memset(to, 0xff, 16);

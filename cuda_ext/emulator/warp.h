@@ -1,7 +1,10 @@
 // Warp collectives and tensor cores: all 32 lanes meet, the last to come computes for all.
 #pragma once
 
-#include "block.h"
+#include <string>
+#include <type_traits>
+
+#include "machine.h"
 #include "numbers.h"
 
 namespace dendrite {
@@ -19,7 +22,7 @@ template <class T, class Source>
 inline T exchange(Wait wait, T value, int selector, Source source) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move values of 4 or 8 bytes");
   Exchange<T> own{value, value, selector};
-  machine.rendezvous(wait, sizeof(T), &own, [&](void** all) {
+  machine.meet_warp({wait, uint32_t(sizeof(T))}, &own, [&](void** all) {
     for (int i = 0; i < 32; ++i) {
       Exchange<T>& mine = *static_cast<Exchange<T>*>(all[i]);
       const int from = source(i, mine.selector);
@@ -31,7 +34,7 @@ inline T exchange(Wait wait, T value, int selector, Source source) {
 
 inline uint32_t votes(Wait wait, bool pred) {
   Exchange<uint32_t> own{pred, 0, 0};
-  machine.rendezvous(wait, 0, &own, [](void** all) {
+  machine.meet_warp({wait}, &own, [](void** all) {
     uint32_t mask = 0;
     for (int i = 0; i < 32; ++i) mask |= static_cast<Exchange<uint32_t>*>(all[i])->value << i;
     for (int i = 0; i < 32; ++i) static_cast<Exchange<uint32_t>*>(all[i])->result = mask;
@@ -41,23 +44,25 @@ inline uint32_t votes(Wait wait, bool pred) {
 
 struct MatrixLoad {
   uint32_t* registers;
-  const uint16_t* row;
+  const char* row;
 };
 
+inline void check_row(const Meeting& meeting, const char* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    machine.fail(describe(meeting) + ": the address of a row is no multiple of 16");
+  if (!machine.is_shared(row, 16))
+    machine.fail(describe(meeting) + ": row at byte " +
+                 std::to_string(row - machine.shared_memory()) + " of shared memory, which has " +
+                 std::to_string(machine.shared_bytes()) + " bytes");
+}
+
 template <int N, bool Trans>
-inline void ldmatrix(Wait wait, uint32_t (&r)[N], const void* smem) {
-  const Fiber& self = machine.current();
+inline void ldmatrix(Wait wait, Place place, uint32_t (&r)[N], const void* smem) {
+  const Meeting meeting{wait, 0, place};
   const char* row = static_cast<const char*>(smem);
-  if (self.lane < N * 8) {
-    if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
-      machine.fail(std::string(name_of(wait)) + ": the address of a row is no multiple of 16");
-    if (!machine.is_shared(row) || !machine.is_shared(row + 15))
-      machine.fail(std::string(name_of(wait)) + ": row at byte " +
-                   std::to_string(row - machine.shared_memory()) + " of shared memory of " +
-                   std::to_string(machine.shared_bytes()) + " bytes");
-  }
-  MatrixLoad own{r, reinterpret_cast<const uint16_t*>(row)};
-  machine.rendezvous(wait, 0, &own, [](void** all) {
+  if (machine.current().lane < N * 8) check_row(meeting, row);
+  MatrixLoad own{r, row};
+  machine.meet_warp(meeting, &own, [](void** all) {
     for (int m = 0; m < N; ++m) {
       uint16_t matrix[8][8];
       for (int i = 0; i < 8; ++i)
@@ -78,38 +83,42 @@ struct Product {
   const uint32_t* b;
 };
 
+// Products are summed in fp32 in the order of k, and added to d.
 template <class T>
 inline void multiply(void** all) {
   typedef float Four __attribute__((vector_size(16)));
   float a[16][16];
-  Four b[16][2], d[16][2];
-  const auto put = [](float* lo, float* hi, uint32_t packed) {
-    const float2 pair = unpack2<T>(packed);
-    *lo = pair.x;
-    *hi = pair.y;
-  };
-  const auto column = [](Four* row, int n) { return reinterpret_cast<float*>(row) + n; };
+  alignas(16) float b[16][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const Product& own = *static_cast<Product*>(all[lane]);
     const int g = lane / 4, t = lane % 4 * 2;
     for (int i = 0; i < 4; ++i) {
-      float* at = &a[g + i % 2 * 8][t + i / 2 * 8];
-      put(at, at + 1, own.a[i]);
+      const float2 pair = unpack2<T>(own.a[i]);
+      std::memcpy(&a[g + i % 2 * 8][t + i / 2 * 8], &pair, sizeof pair);
     }
-    for (int i = 0; i < 2; ++i)
-      put(column(b[t + i * 8], g), column(b[t + i * 8 + 1], g), own.b[i]);
-    for (int i = 0; i < 4; ++i) *column(d[g + i / 2 * 8], t + i % 2) = own.d[i];
+    for (int i = 0; i < 2; ++i) {
+      const float2 pair = unpack2<T>(own.b[i]);
+      b[t + i * 8][g] = pair.x;
+      b[t + i * 8 + 1][g] = pair.y;
+    }
   }
-  for (int m = 0; m < 16; ++m)
+  for (int m = 0; m < 16; m += 2) {
+    Four sum[4] = {};
     for (int k = 0; k < 16; ++k) {
-      const Four scale = {a[m][k], a[m][k], a[m][k], a[m][k]};
-      d[m][0] += scale * b[k][0];
-      d[m][1] += scale * b[k][1];
+      Four low, high;
+      std::memcpy(&low, b[k], 16);
+      std::memcpy(&high, b[k] + 4, 16);
+      sum[0] += a[m][k] * low;
+      sum[1] += a[m][k] * high;
+      sum[2] += a[m + 1][k] * low;
+      sum[3] += a[m + 1][k] * high;
     }
+    std::memcpy(d[m], sum, sizeof sum);
+  }
   for (int lane = 0; lane < 32; ++lane) {
     const Product& own = *static_cast<Product*>(all[lane]);
     const int g = lane / 4, t = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) own.d[i] = *column(d[g + i / 2 * 8], t + i % 2);
+    for (int i = 0; i < 4; ++i) own.d[i] += d[g + i / 2 * 8][t + i % 2];
   }
 }
 
@@ -140,31 +149,38 @@ inline bool any_sync(bool pred) { return emulator::votes(emulator::Wait::kAny, p
 inline bool all_sync(bool pred) {
   return emulator::votes(emulator::Wait::kAll, pred) == emulator::kEveryLane;
 }
-inline void sync_warp() {
-  emulator::machine.rendezvous(emulator::Wait::kSyncWarp, 0, nullptr, [](void**) {});
+inline void sync_warp(emulator::Place place = emulator::Place::here()) {
+  emulator::machine.meet_warp({emulator::Wait::kSyncWarp, 0, place}, nullptr, [](void**) {});
 }
-inline void sync_block() { emulator::machine.sync_block(); }
+inline void sync_block(emulator::Place place = emulator::Place::here()) {
+  emulator::machine.meet_block({emulator::Wait::kSyncBlock, 0, place});
+}
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* smem) {
-  emulator::ldmatrix<4, false>(emulator::Wait::kLdmatrixX4, r, smem);
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* smem,
+                        emulator::Place place = emulator::Place::here()) {
+  emulator::ldmatrix<4, false>(emulator::Wait::kLdmatrixX4, place, r, smem);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* smem) {
-  emulator::ldmatrix<2, false>(emulator::Wait::kLdmatrixX2, r, smem);
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* smem,
+                        emulator::Place place = emulator::Place::here()) {
+  emulator::ldmatrix<2, false>(emulator::Wait::kLdmatrixX2, place, r, smem);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* smem) {
-  emulator::ldmatrix<4, true>(emulator::Wait::kLdmatrixX4Trans, r, smem);
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* smem,
+                              emulator::Place place = emulator::Place::here()) {
+  emulator::ldmatrix<4, true>(emulator::Wait::kLdmatrixX4Trans, place, r, smem);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem) {
-  emulator::ldmatrix<2, true>(emulator::Wait::kLdmatrixX2Trans, r, smem);
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem,
+                              emulator::Place place = emulator::Place::here()) {
+  emulator::ldmatrix<2, true>(emulator::Wait::kLdmatrixX2Trans, place, r, smem);
 }
 
 template <class T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         emulator::Place place = emulator::Place::here()) {
   static_assert(sizeof(T) == 2, "tensor cores take bf16 and half_t");
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
+  constexpr emulator::Wait kWait = kBf16 ? emulator::Wait::kMmaBf16 : emulator::Wait::kMmaF16;
   emulator::Product own{d, a, b};
-  emulator::machine.rendezvous(kBf16 ? emulator::Wait::kMmaBf16 : emulator::Wait::kMmaF16, 0, &own,
-                               [](void** all) { emulator::multiply<T>(all); });
+  emulator::machine.meet_warp({kWait, 0, place}, &own, [](void** all) { emulator::multiply<T>(all); });
 }
 
 }  // namespace dendrite

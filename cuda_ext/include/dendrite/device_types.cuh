@@ -8,7 +8,7 @@
 
 #ifdef DENDRITE_EMULATE
 #include "../../emulator/cuda_names.h"
-#define DENDRITE_KERNEL [[maybe_unused]] void
+#define DENDRITE_KERNEL void
 #define DENDRITE_DEVICE inline
 #define DENDRITE_HOST_DEVICE inline
 #else
