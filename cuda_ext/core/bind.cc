@@ -13,6 +13,7 @@
 
 #include "arrays.h"
 #include "bind_errors.h"
+#include "bind_work.h"
 #include "docs.h"
 #include "errors.h"
 #include "tree_core.h"
@@ -332,6 +333,7 @@ NB_MODULE(_core, m) {
   bind_writing(cls);
   bind_reading(cls);
   bind_plan(m);
+  bind_attention_work(m);
 }
 
 }  // namespace dendrite

@@ -84,5 +84,9 @@ inline constexpr const char* kCommit =
     "Mark the planned tokens as computed, except those dropped since. Raises InvalidArgument when\n"
     "the plan is closed.";
 inline constexpr const char* kCancel = "Forget the plan; no effect when it is closed.";
+inline constexpr const char* kAttentionWork =
+    "Cut the attention nodes of a plan into a work list for the GPU kernels.\n\n"
+    "Writes int32 into `out` when they fit, nothing otherwise. Returns (ints needed, slots for\n"
+    "partial results, blocks of rows). Layout: cuda_ext/include/dendrite/attention_work.h.";
 
 }  // namespace dendrite::docs

@@ -1,0 +1,251 @@
+#include "attention_work.h"
+
+#include <algorithm>
+#include <bit>
+#include <string>
+#include <vector>
+
+#include "../include/dendrite/attention_work.h"
+#include "errors.h"
+
+namespace dendrite {
+
+namespace {
+
+constexpr int32_t kSegmentCost = 2;  // tiles that starting and ending a segment is worth
+constexpr int32_t kMinTiles = 2;     // a worker gets at least this much, if there is so much
+
+// Cuts of the deterministic mode: every 512 positions up to 16384, then 16 for each doubling.
+int32_t chunk_of(int32_t position) {
+  const int32_t k = position < 8192 ? 0 : std::bit_width(uint32_t(position)) - 14;
+  return 16 * k + (position >> (9 + k));
+}
+
+int32_t chunk_end(int32_t position) {
+  const int32_t k = position < 8192 ? 0 : std::bit_width(uint32_t(position)) - 14;
+  return ((position >> (9 + k)) + 1) << (9 + k);
+}
+
+// Units [from, to) of a node, read by rows [row_begin, row_end) of one block.
+struct Run {
+  int32_t cell, node, from, to;
+  uint32_t rows;
+};
+
+class Builder {
+ public:
+  Builder(const AttentionPlan& plan, const AttentionCut& cut)
+      : plan_(plan), cut_(cut), unit_(std::min(kUnit, cut.page_size)),
+        rows_per_block_(std::max(1, cut.q_tile / cut.group)),
+        num_blocks_((plan.num_rows + rows_per_block_ - 1) / rows_per_block_) {}
+
+  void collect() {
+    first_chunk_.assign(num_blocks_, 0x7fffffff);
+    last_chunk_.assign(num_blocks_, -1);
+    for (int64_t n = 0; n < plan_.num_nodes; ++n) check_node(n);
+    for (int64_t n = 0; n < plan_.num_nodes; ++n) visit_node(static_cast<int32_t>(n));
+    place_cells();
+  }
+
+  AttentionWorkSize finish(int32_t* out, int64_t capacity) {
+    make_segments();
+    const int64_t segments_at = round_up(kHeaderInts + int64_t(indptr_.size()), 4);
+    const int64_t blocks_at = segments_at + 4 * int64_t(segments_.size());
+    const int64_t entries_at = blocks_at + 4 * int64_t(blocks_.size());
+    const AttentionWorkSize size{entries_at + 4 * num_entries_, num_slots_, num_blocks_};
+    if (size.ints > capacity) return size;
+    out[kNumWorkers] = static_cast<int32_t>(indptr_.size()) - 1;
+    out[kSegmentIndptr] = kHeaderInts;
+    out[kSegments] = static_cast<int32_t>(segments_at);
+    out[kBlocks] = static_cast<int32_t>(blocks_at);
+    out[kEntries] = static_cast<int32_t>(entries_at);
+    out[kNumBlocks] = static_cast<int32_t>(num_blocks_);
+    out[kNumSlots] = num_slots_;
+    out[kRowsPerBlock] = rows_per_block_;
+    std::copy(indptr_.begin(), indptr_.end(), out + kHeaderInts);
+    std::copy(segments_.begin(), segments_.end(), reinterpret_cast<WorkSegment*>(out + segments_at));
+    std::copy(blocks_.begin(), blocks_.end(), reinterpret_cast<WorkBlock*>(out + blocks_at));
+    write_entries(reinterpret_cast<WorkEntry*>(out + entries_at));
+    return size;
+  }
+
+ private:
+  static int64_t round_up(int64_t value, int64_t by) { return (value + by - 1) / by * by; }
+
+  void check_node(int64_t n) const {
+    const int64_t begin = plan_.node_row_begin[n], end = plan_.node_row_end[n];
+    const int64_t len = plan_.node_len[n], pos = plan_.node_pos[n];
+    const int64_t first = plan_.node_page_indptr[n], last = plan_.node_page_indptr[n + 1];
+    if (begin >= 0 && begin <= end && end <= plan_.num_rows && len >= 0 && pos >= 0 &&
+        pos % cut_.page_size == 0 && first >= 0 && last <= plan_.num_page_indices &&
+        last - first == (len + cut_.page_size - 1) / cut_.page_size)
+      return;
+    throw InvalidArgumentError(
+        "plan: node " + std::to_string(n) + " has rows " + std::to_string(begin) + ".." +
+        std::to_string(end) + " of " + std::to_string(plan_.num_rows) + ", position " +
+        std::to_string(pos) + ", " + std::to_string(len) + " tokens and " +
+        std::to_string(last - first) + " pages of " + std::to_string(cut_.page_size));
+  }
+
+  void visit_node(int32_t n) {
+    const int32_t begin = plan_.node_row_begin[n], end = plan_.node_row_end[n];
+    if (begin == end || plan_.node_len[n] == 0) return;
+    for (int32_t b = begin / rows_per_block_; b <= (end - 1) / rows_per_block_; ++b) {
+      const int32_t base = b * rows_per_block_;
+      visit_block(n, b, std::max(begin, base), std::min(end, base + rows_per_block_));
+    }
+  }
+
+  // What the rows [begin, end) of block b can see of node n.
+  void visit_block(int32_t n, int32_t b, int32_t begin, int32_t end) {
+    const auto [low, high] = std::minmax_element(plan_.positions + begin, plan_.positions + end);
+    const int32_t pos = plan_.node_pos[n], stop = pos + plan_.node_len[n];
+    int32_t from = cut_.window > 0 ? std::max(pos, *low - cut_.window + 1) : pos;
+    const int32_t to = std::min(stop, *high + 1);
+    from -= (from - pos) % unit_;
+    const uint32_t rows = uint32_t(begin - b * rows_per_block_) |
+                          uint32_t(end - b * rows_per_block_) << 16;
+    while (from < to) {
+      const int32_t chunk = cut_.deterministic ? chunk_of(from) : 0;
+      const int32_t cut = cut_.deterministic ? std::min(to, chunk_end(from)) : to;
+      runs_.push_back({chunk, n, (from - pos) / unit_, (cut - pos + unit_ - 1) / unit_, rows});
+      run_block_.push_back(b);
+      first_chunk_[b] = std::min(first_chunk_[b], chunk);
+      last_chunk_[b] = std::max(last_chunk_[b], chunk);
+      from = cut;
+    }
+  }
+
+  // A cell is what a block reads of one chunk; its entries start at a whole tile.
+  void place_cells() {
+    cell_indptr_.assign(num_blocks_ + 1, 0);
+    for (int64_t b = 0; b < num_blocks_; ++b)
+      cell_indptr_[b + 1] = cell_indptr_[b] + std::max(0, last_chunk_[b] - first_chunk_[b] + 1);
+    cell_entries_.assign(cell_indptr_[num_blocks_] + 1, 0);
+    for (size_t i = 0; i < runs_.size(); ++i) {
+      const int32_t b = run_block_[i];
+      runs_[i].cell += cell_indptr_[b] - first_chunk_[b];
+      cell_entries_[runs_[i].cell] += runs_[i].to - runs_[i].from;
+    }
+    cell_begin_.assign(cell_entries_.size(), 0);
+    for (size_t c = 0; c + 1 < cell_entries_.size(); ++c)
+      cell_begin_[c + 1] = cell_begin_[c] + round_up(cell_entries_[c], kTileUnits);
+    num_entries_ = cell_begin_.back();
+  }
+
+  int64_t tiles(int64_t cell) const {
+    return (cell_entries_[cell] + kTileUnits - 1) / kTileUnits;
+  }
+
+  void make_segments() {
+    int64_t cost = 0;
+    for (size_t c = 0; c + 1 < cell_entries_.size(); ++c)
+      if (cell_entries_[c] > 0) cost += tiles(c) + kSegmentCost;
+    target_ = std::max<int64_t>(kMinTiles + kSegmentCost, (cost + cut_.workers - 1) / cut_.workers);
+    indptr_.assign(1, 0);
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      const size_t first = segments_.size();
+      for (int64_t c = cell_indptr_[b]; c < cell_indptr_[b + 1]; ++c)
+        if (cell_entries_[c] > 0) cut_cell(static_cast<int32_t>(b), c);
+      add_block(b, first);
+    }
+    indptr_.push_back(static_cast<int32_t>(segments_.size()));
+  }
+
+  bool last_worker() const { return int64_t(indptr_.size()) >= cut_.workers; }
+
+  void next_worker() {
+    indptr_.push_back(static_cast<int32_t>(segments_.size()));
+    used_ = 0;
+  }
+
+  void cut_cell(int32_t block, int64_t cell) {
+    int64_t left = tiles(cell), at = cell_begin_[cell];
+    const int64_t end = at + cell_entries_[cell];
+    while (left > 0) {
+      const int64_t room = target_ - used_ - kSegmentCost;
+      const int64_t wanted = cut_.deterministic ? left : std::min<int64_t>(kMinTiles, left);
+      if (used_ > 0 && room < wanted && !last_worker()) {
+        next_worker();
+        continue;
+      }
+      int64_t take = std::clamp<int64_t>(room, 1, left);
+      if (cut_.deterministic || last_worker() || left - take <= 1) take = left;
+      segments_.push_back({block, static_cast<int32_t>(at),
+                           static_cast<int32_t>(std::min(end, at + take * kTileUnits)), -1});
+      used_ += take + kSegmentCost;
+      at += take * kTileUnits;
+      left -= take;
+    }
+  }
+
+  void add_block(int64_t b, size_t first_segment) {
+    WorkBlock block{};
+    block.row_begin = static_cast<int32_t>(b * rows_per_block_);
+    block.num_rows =
+        static_cast<int32_t>(std::min<int64_t>(rows_per_block_, plan_.num_rows - block.row_begin));
+    const size_t count = segments_.size() - first_segment;
+    if (count > 1) {
+      block.num_slots = static_cast<int32_t>(count);
+      block.first_slot = num_slots_;
+      for (size_t s = first_segment; s < segments_.size(); ++s) segments_[s].slot = num_slots_++;
+    }
+    blocks_.push_back(block);
+  }
+
+  void write_entries(WorkEntry* out) const {
+    std::fill(out, out + num_entries_, WorkEntry{0, 0, 0, 0});
+    std::vector<int64_t> next(cell_begin_.begin(), cell_begin_.end());
+    const int32_t units_per_page = cut_.page_size / unit_;
+    for (const Run& run : runs_) {
+      const int32_t* pages = plan_.page_indices + plan_.node_page_indptr[run.node];
+      const int32_t pos = plan_.node_pos[run.node], len = plan_.node_len[run.node];
+      WorkEntry* to = out + next[run.cell];
+      for (int32_t u = run.from; u < run.to; ++u, ++to) {
+        const int32_t page = pages[u / units_per_page];
+        *to = {page * cut_.page_size + u % units_per_page * unit_, pos + u * unit_, run.rows,
+               std::min(unit_, len - u * unit_)};
+      }
+      next[run.cell] += run.to - run.from;
+    }
+  }
+
+  const AttentionPlan& plan_;
+  const AttentionCut& cut_;
+  const int32_t unit_, rows_per_block_;
+  const int64_t num_blocks_;
+  std::vector<Run> runs_;  // in node order; `cell` holds the chunk until place_cells()
+  std::vector<int32_t> run_block_, first_chunk_, last_chunk_;
+  std::vector<int64_t> cell_indptr_, cell_entries_, cell_begin_;  // by block; by cell
+  int64_t num_entries_ = 0, target_ = 0, used_ = 0;
+  std::vector<int32_t> indptr_;
+  std::vector<WorkSegment> segments_;
+  std::vector<WorkBlock> blocks_;
+  int32_t num_slots_ = 0;
+};
+
+void check_cut(const AttentionCut& cut) {
+  const auto refuse = [](const char* name, int32_t value, const char* why) {
+    throw InvalidArgumentError(std::string(name) + " must be " + why + ", got " +
+                               std::to_string(value));
+  };
+  if (cut.page_size < 1 || !std::has_single_bit(uint32_t(cut.page_size)))
+    refuse("page_size", cut.page_size, "a power of two");
+  if (cut.q_tile < 1 || cut.q_tile > 0x7fff) refuse("q_tile", cut.q_tile, "from 1 to 32767");
+  if (cut.group < 1 || cut.group > cut.q_tile)
+    refuse("group", cut.group, "from 1 to q_tile, the queries of a tile");
+  if (cut.workers < 1) refuse("workers", cut.workers, "at least 1");
+  if (cut.window < 0) refuse("window", cut.window, "at least 0");
+}
+
+}  // namespace
+
+AttentionWorkSize build_attention_work(const AttentionPlan& plan, const AttentionCut& cut,
+                                       int32_t* out, int64_t capacity) {
+  check_cut(cut);
+  Builder builder(plan, cut);
+  builder.collect();
+  return builder.finish(out, capacity);
+}
+
+}  // namespace dendrite

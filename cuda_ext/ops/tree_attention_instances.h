@@ -1,0 +1,48 @@
+// One file for each head_dim instantiates its kernels: they compile side by side.
+#pragma once
+
+#include "dendrite/tree_attention.cuh"
+#include "dendrite/tree_attention_f32.cuh"
+#include "launch.h"
+#include "tree_attention.h"
+
+namespace dendrite {
+
+struct AttentionKernel {
+  void (*function)(TreeAttentionParams);
+  int shared_bytes;
+};
+
+template <int kDim>
+AttentionKernel attention_kernel(const TreeAttentionShape& shape);
+
+extern template AttentionKernel attention_kernel<64>(const TreeAttentionShape&);
+extern template AttentionKernel attention_kernel<96>(const TreeAttentionShape&);
+extern template AttentionKernel attention_kernel<128>(const TreeAttentionShape&);
+extern template AttentionKernel attention_kernel<256>(const TreeAttentionShape&);
+
+template <class T, int kDim, int kMTiles>
+AttentionKernel tensor_core_kernel() {
+  constexpr int kTile = kDim <= 128 ? kTileUnits : kTileUnits / 2;
+  return {tree_attention_kernel<T, kDim, kMTiles, kTile>, AttentionShared<kDim, kTile>::kBytes};
+}
+
+template <class T, int kDim>
+AttentionKernel tensor_core_kernel(int q_tile) {
+  if constexpr (kDim <= 128) {
+    if (q_tile == 128) return tensor_core_kernel<T, kDim, 2>();
+  }
+  return tensor_core_kernel<T, kDim, 1>();
+}
+
+template <int kDim>
+AttentionKernel attention_kernel(const TreeAttentionShape& shape) {
+  switch (shape.dtype) {
+    case Dtype::kF16: return tensor_core_kernel<half_t, kDim>(shape.q_tile);
+    case Dtype::kBF16: return tensor_core_kernel<bf16, kDim>(shape.q_tile);
+    case Dtype::kF32: break;
+  }
+  return {tree_attention_f32_kernel<kDim>, AttentionSharedF32<kDim>::kBytes};
+}
+
+}  // namespace dendrite
