@@ -25,6 +25,7 @@ LAYERS = (
     ("tree", "attention"),
     ("models", "grammar"),
     ("runner",),
+    ("device",),
     ("scheduler", "jobs"),
     ("decoding",),
     ("loop",),

@@ -6,26 +6,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dendrite_engine import kernels
 from dendrite_engine.attention import ATTENTION_BACKENDS, AttentionBackend, ForwardBatch
 from dendrite_engine.cache import core_implementation, make_core
-from dendrite_engine.cache.formats import PAGE_FORMATS, PageShape
+from dendrite_engine.cache.formats import PAGE_FORMATS, PageShape, pool_shape
 from dendrite_engine.cache.pages import KVPages, PageGuard
-from dendrite_engine.config import EngineConfig, parse_bytes
+from dendrite_engine.config import EngineConfig
 from dendrite_engine.decoding import Decoder
-from dendrite_engine.errors import InvalidArgument
+from dendrite_engine.device.choice import (
+    DeviceChoice,
+    choose_device,
+    compute_dtype,
+    page_format_name,
+)
+from dendrite_engine.device.parts import DEFAULT_CPU_BYTES, DeviceParts, DeviceRequest, build_device
 from dendrite_engine.loop import StepLoop
 from dendrite_engine.models.config import ModelConfig
 from dendrite_engine.models.families import read_model_config
 from dendrite_engine.models.hub import resolve_model
 from dendrite_engine.models.linear import LinearFactory
+from dendrite_engine.models.random_weights import RandomWeights
 from dendrite_engine.models.tokenizer import Tokenizer
 from dendrite_engine.models.transformer import Transformer
-from dendrite_engine.runner import ModelRunner
+from dendrite_engine.runner import ModelRunner, Runner
 from dendrite_engine.sampling import Sampler
 from dendrite_engine.scheduler import Scheduler
 from dendrite_engine.trace import Trace
 from dendrite_engine.types import EngineStats
+
+
+@dataclass(slots=True)
+class CpuParts:
+    """The CPU path of one engine; the device path is DeviceParts."""
+
+    runner: ModelRunner
+    pages: KVPages
+    ops: Any
+    report: dict[str, str]
 
 
 @dataclass(slots=True)
@@ -39,7 +58,7 @@ class Parts:
     core: Any
     pages: KVPages
     guard: PageGuard | None
-    runner: ModelRunner
+    runner: Runner
     decoder: Decoder
     loop: StepLoop
     max_context: int
@@ -72,24 +91,21 @@ class Parts:
             step_ms_p50=self.loop.median_step_ms,
             step_ms_last=self.runner.last_ms,
             jobs_running=self.loop.jobs_running,
+            graph_steps=self.runner.graph_steps,
+            host_ms_last=self.runner.host_ms,
         )
 
 
 def build_parts(model: str | Path, config: EngineConfig) -> Parts:
     """Load the model, allocate its pages and start its thread."""
-    page_format = _page_format(config)
-    if config.attention != "auto":
-        ATTENTION_BACKENDS.get(config.attention)
-    path = resolve_model(model)
+    path = _model_directory(model, config)
     model_config = read_model_config(path)
     tokenizer = Tokenizer(path)
     max_context = min(config.max_context or model_config.max_context, model_config.max_context)
-    shape = _page_shape(config, model_config, page_format)
-    transformer = Transformer.load(
-        path, model_config, LinearFactory(deterministic=config.deterministic)
-    )
-    transformer.set_max_positions(max_context)
-    ops, attention = _kernels(config)
+    limits = batch_limits(config, choice := choose_device(config))
+    request = DeviceRequest(path, model_config, config, choice, max_context, limits[0])
+    side = build_device(request) if choice.uses_device_path else _build_cpu(request)
+    shape = side.pages.shape
     core = make_core(
         shape.num_pages,
         shape.page_size,
@@ -97,83 +113,93 @@ def build_parts(model: str | Path, config: EngineConfig) -> Parts:
         debug=config.debug,
         implementation=config.core,
     )
-    pages = KVPages(page_format, shape)
-    guard = PageGuard(pages) if config.debug else None
+    guard = PageGuard(side.pages) if config.debug else None
     trace = Trace()
-    runner = ModelRunner(transformer, pages, attention, ops)
     decoder = Decoder(
         core,
-        Sampler(ops, model_config.vocab_size),
+        Sampler(_sampling_ops(side, choice), model_config.vocab_size),
         tokenizer,
         trace,
         eos_ids=model_config.eos_token_ids,
         max_context=max_context,
         seed=config.seed,
     )
-    scheduler = Scheduler(config.max_batch_tokens, config.prefill_chunk)
-    loop = StepLoop(core, runner, scheduler, decoder, trace, guard)
-    report = _report(config, core, ops, attention, transformer, pages)
+    loop = StepLoop(core, side.runner, Scheduler(*limits), decoder, trace, guard)
+    _complete_report(side.report, config, core, side.pages)
     return Parts(
-        path,
-        model_config,
-        tokenizer,
-        trace,
-        core,
-        pages,
-        guard,
-        runner,
-        decoder,
-        loop,
-        max_context,
-        report,
-    )
+        path, model_config, tokenizer, trace, core, side.pages, guard, side.runner, decoder, loop,
+        max_context, side.report,
+    )  # fmt: skip
 
 
-def _page_format(config: EngineConfig) -> Any:
-    return PAGE_FORMATS.get("fp32" if config.kv_format == "auto" else config.kv_format)()
+def _sampling_ops(side: CpuParts | DeviceParts, choice: DeviceChoice) -> Any:
+    """The twin's logits are in host memory, where the CPU path's kernels sample."""
+    return kernels.load("auto") if choice.is_twin else side.ops
 
 
-def _page_shape(config: EngineConfig, model: ModelConfig, page_format: Any) -> PageShape:
-    unit = PageShape(model.num_layers, 1, model.num_kv_heads, model.head_dim, config.page_size)
-    num_pages = config.num_pages
-    if num_pages is None:
-        budget = parse_bytes(config.kv_budget)
-        page_bytes = page_format.bytes_per_page(unit)
-        num_pages = budget // page_bytes
-        if num_pages < 1:
-            raise InvalidArgument(
-                f"kv_budget of {budget} bytes holds no page: one page of this model takes "
-                f"{page_bytes} bytes ({config.page_size} tokens, {page_format.name})"
-            )
-    return PageShape(
-        model.num_layers, num_pages, model.num_kv_heads, model.head_dim, config.page_size
-    )
+def batch_limits(config: EngineConfig, choice: DeviceChoice) -> tuple[int, int]:
+    """max_batch_tokens and prefill_chunk, with the defaults of the device filled in."""
+    rows, chunk = (2048, 1024) if choice.uses_device_path else (512, 256)
+    return config.max_batch_tokens or rows, config.prefill_chunk or chunk
+
+
+def _model_directory(model: str | Path, config: EngineConfig) -> Path:
+    """Random weights need config and tokenizer only, so a directory may have no weights."""
+    if config.weights == "random" and Path(model).is_dir():
+        return Path(model).resolve()
+    return resolve_model(model)
+
+
+def _build_cpu(request: DeviceRequest) -> CpuParts:
+    """The CPU path: weights packed in host memory, native kernels."""
+    config, model_config = request.config, request.model_config
+    dtype = compute_dtype(config, request.choice)
+    page_format = PAGE_FORMATS.get(page_format_name(config, dtype))()
+    unit = PageShape(
+        model_config.num_layers, 1, model_config.num_kv_heads, model_config.head_dim,
+        config.page_size,
+    )  # fmt: skip
+    shape = pool_shape(page_format, unit, config.num_pages, config.kv_bytes(DEFAULT_CPU_BYTES))
+    ops, attention = _kernels(config)
+    transformer = _load_cpu(request)
+    transformer.set_max_positions(request.max_context)
+    pages = KVPages(page_format, shape)
+    report = {
+        "device": f"cpu: {request.choice.reason}",
+        "dtype": "float32",
+        "kernels": f"{ops.name}: {ops.reason}",
+        "attention": f"{attention.name}: {attention.reason}",
+        "linear": f"{transformer.linear.name}: {transformer.linear.reason}",
+    }
+    return CpuParts(ModelRunner(transformer, pages, attention, ops), pages, ops, report)
+
+
+def _load_cpu(request: DeviceRequest) -> Transformer:
+    linear = LinearFactory(deterministic=request.config.deterministic)
+    if request.config.weights == "random":
+        source = RandomWeights(
+            request.model_config, request.choice.device, torch.float32, request.config.seed
+        )
+        return Transformer(request.model_config, source, linear)
+    return Transformer.load(request.path, request.model_config, linear)
 
 
 def _kernels(config: EngineConfig) -> tuple[Any, AttentionBackend[ForwardBatch]]:
     name = "tree" if config.attention == "auto" else config.attention
+    backend = ATTENTION_BACKENDS.get(name)
     ops = kernels.load("reference" if name == "reference" else "auto")
-    return ops, ATTENTION_BACKENDS.get(name)(ops)
+    return ops, backend(ops)
 
 
-def _report(
-    config: EngineConfig,
-    core: Any,
-    ops: Any,
-    attention: AttentionBackend[ForwardBatch],
-    transformer: Transformer,
-    pages: KVPages,
-) -> dict[str, str]:
+def _complete_report(
+    report: dict[str, str], config: EngineConfig, core: Any, pages: KVPages
+) -> None:
     shape = pages.shape
     core_name, core_reason = core_implementation(core)
-    return {
-        "device": "cpu",
-        "core": f"{core_name}: {core_reason}",
-        "kernels": f"{ops.name}: {ops.reason}",
-        "attention": f"{attention.name}: {attention.reason}",
-        "linear": f"{transformer.linear.name}: {transformer.linear.reason}",
-        "pages": f"{shape.num_pages} x {shape.page_size} tokens, {pages.format.name}, "
-        f"{pages.total_bytes / 2**20:.0f} MiB",
-        "deterministic": "yes" if config.deterministic else "no",
-        "debug": "yes" if config.debug else "no",
-    }
+    report["core"] = f"{core_name}: {core_reason}"
+    report["pages"] = (
+        f"{shape.num_pages} x {shape.page_size} tokens, {pages.format.name}, "
+        f"{pages.total_bytes / 2**20:.0f} MiB"
+    )
+    report["deterministic"] = "yes" if config.deterministic else "no"
+    report["debug"] = "yes" if config.debug else "no"

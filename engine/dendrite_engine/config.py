@@ -11,6 +11,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|cuda-twin")
+
 
 def parse_bytes(value: int | str, name: str = "kv_budget") -> int:
     """Bytes of `value`: an integer, or text such as "512MiB", "1.5 GB".
@@ -42,28 +44,36 @@ class EngineConfig:
     """Settings of one engine; immutable. `Engine.from_pretrained` builds it from its keywords.
 
     Attributes:
-        device: "auto" or "cpu".
-        dtype: compute type: "auto" (float32 on CPU) or "float32".
-        kv_format: how a page stores K and V: "auto" (fp32 on CPU) or a registered page format.
-        kv_budget: bytes for pages; ignored when num_pages is given.
+        device: "auto" (CUDA where torch finds a GPU and the kernels load, else the CPU), "cpu",
+            "cuda" or "cuda:N". "cuda-twin" runs the GPU's path on CPU tensors, for tests.
+        dtype: compute type: "auto" (bfloat16 on CUDA, float32 on CPU), "float32", "bfloat16" or
+            "float16"; the last two need CUDA.
+        kv_format: how a page stores K and V: "auto" (as dtype) or a registered page format.
+        kv_budget: bytes for pages, or "auto": 1 GiB on CPU; on CUDA nine tenths of the memory that
+            weights and working buffers leave free. Ignored when num_pages is given.
         num_pages: pages in the pool, or None to derive them from kv_budget.
         page_size: tokens per page: a power of two, 1..256.
-        attention: "auto", "tree" (native kernels) or "reference" (plain torch).
+        attention: "auto", "tree" (the engine's kernels), "reference" (plain torch) or "flashinfer".
         seed: default seed of the sampling generator.
         deterministic: make a branch's logits bitwise independent of what runs beside it.
         debug: fill fresh, freed and tail slots with NaN and checksum full pages.
         prefix_cache: reuse pages of earlier prompts.
-        max_batch_tokens: rows of one forward pass at most.
-        prefill_chunk: prompt tokens of one forward pass at most while other branches decode.
+        max_batch_tokens: rows of one forward pass at most; None: 512 on CPU, 2048 on CUDA.
+        prefill_chunk: prompt tokens of one forward pass at most while other branches decode; None:
+            256 on CPU, 1024 on CUDA.
         max_branches: live branches at most.
         max_context: tokens a branch may hold; None takes the model's own limit.
         core: "auto", "native" or "reference": which page-and-tree core to use.
+        graph_rows: on CUDA, batches of up to this many rows are padded to a few sizes and run as
+            CUDA graphs; 0 turns both off.
+        weights: "safetensors", or "random": seeded numbers of the shapes in config.json, so that
+            benchmarks need no weight files.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     kv_format: str = "auto"
-    kv_budget: int | str = "1GiB"
+    kv_budget: int | str = "auto"
     num_pages: int | None = None
     page_size: int = 16
     attention: str = "auto"
@@ -71,16 +81,18 @@ class EngineConfig:
     deterministic: bool = False
     debug: bool = False
     prefix_cache: bool = True
-    max_batch_tokens: int = 512
-    prefill_chunk: int = 256
+    max_batch_tokens: int | None = None
+    prefill_chunk: int | None = None
     max_branches: int = 1_000_000
     max_context: int | None = None
     core: str = "auto"
+    graph_rows: int = 256
+    weights: str = "safetensors"
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_tokens", "prefill_chunk", "max_branches", "page_size"):
+        for name in ("max_branches", "page_size"):
             _positive(name, getattr(self, name))
-        for name in ("num_pages", "max_context"):
+        for name in ("num_pages", "max_context", "max_batch_tokens", "prefill_chunk"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         if self.page_size > 256 or self.page_size & (self.page_size - 1):
@@ -89,10 +101,24 @@ class EngineConfig:
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InvalidArgument(f"seed must be an integer, got {self.seed!r}")
-        parse_bytes(self.kv_budget)
-        _choice("device", self.device, ("auto", "cpu"))
-        _choice("dtype", self.dtype, ("auto", "float32"))
+        if self.kv_budget != "auto":
+            parse_bytes(self.kv_budget)
+        if not isinstance(self.graph_rows, int) or isinstance(self.graph_rows, bool):
+            raise InvalidArgument(f"graph_rows must be an integer, got {self.graph_rows!r}")
+        if self.graph_rows < 0:
+            raise InvalidArgument(f"graph_rows must be 0 or more, got {self.graph_rows}")
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise InvalidArgument(
+                f"device must be auto, cpu, cuda or cuda:N (cuda-twin for tests); "
+                f"got {self.device!r}"
+            )
+        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _choice("core", self.core, ("auto", "native", "reference"))
+        _choice("weights", self.weights, ("safetensors", "random"))
+
+    def kv_bytes(self, default: int) -> int:
+        """Bytes of kv_budget; `default` for "auto"."""
+        return default if self.kv_budget == "auto" else parse_bytes(self.kv_budget)
 
 
 def _positive(name: str, value: object) -> None:

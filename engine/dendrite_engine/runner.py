@@ -62,6 +62,11 @@ class Runner(Protocol):
             DeviceError: the device failed.
         """
 
+    def diagnose(self, error: Exception) -> Exception:
+        """What to report for an error that came out of work on the device, in or after `run`: a
+        DeviceError, remembered in `failure`, when the device is beyond use; else the error.
+        """
+
 
 class ModelRunner:
     """The runner of the CPU path; see Runner."""
@@ -104,6 +109,10 @@ class ModelRunner:
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back."""
+
+    def diagnose(self, error: Exception) -> Exception:
+        """On the CPU path an error is just that."""
+        return error
 
 
 def rows_of(logits_row: np.ndarray, wanted: np.ndarray) -> np.ndarray:

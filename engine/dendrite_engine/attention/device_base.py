@@ -26,8 +26,8 @@ _ALIGN = 64  # ints: sections start at multiples of 256 bytes
 class BatchLayout:
     """Where the sections of a batch of `rows` rows begin in its int32 buffer.
 
-    Sections: header [16], token_ids, positions, slots, logits_rows, feed [rows each], copies
-    [rows, 3], then the attention backend's work list up to the end of the buffer.
+    Sections: header [16], token_ids, positions, slots, logits_rows [rows each], copies [rows, 3],
+    then the attention backend's work list up to the end of the buffer.
     """
 
     rows: int
@@ -38,22 +38,20 @@ class BatchLayout:
         return -(-self.rows // _ALIGN) * _ALIGN
 
     def row_array(self, index: int) -> slice:
-        """Place of the `index`-th row array: 0 token_ids, 1 positions, 2 slots, 3 logits_rows,
-        4 feed.
-        """
+        """Place of a row array: 0 token_ids, 1 positions, 2 slots, 3 logits_rows."""
         begin = _ALIGN + index * self.section
         return slice(begin, begin + self.rows)
 
     @property
     def copies(self) -> slice:
         """Place of the copy-on-write triples; a batch has at most one a row."""
-        begin = _ALIGN + 5 * self.section
+        begin = _ALIGN + 4 * self.section
         return slice(begin, begin + 3 * self.rows)
 
     @property
     def work(self) -> int:
         """Where the work list begins."""
-        return _ALIGN + 8 * self.section
+        return _ALIGN + 7 * self.section
 
 
 @dataclass(slots=True)
@@ -134,9 +132,12 @@ class DeviceAttention(AttentionBackend[DeviceBatch]):
     Attributes:
         supports_graphs: `attend` takes everything that changes between steps from `batch.work` and
             buffers of its own, so that a captured call serves every later batch of as many rows.
+        scratch_version: changed by `prepare` when those buffers moved; graphs captured before are
+            dropped.
     """
 
     supports_graphs: bool = True
+    scratch_version: int = 0
 
     @abstractmethod
     def __init__(self, setup: AttentionSetup) -> None:
@@ -150,10 +151,12 @@ class DeviceAttention(AttentionBackend[DeviceBatch]):
         del num_pages
         return 0
 
-    @abstractmethod
     def prepare(self, plan: Plan, batch: DeviceBatch) -> int:
         """Write the step's work into `batch.host_work` and return how many ints it takes.
 
-        A number greater than `len(batch.host_work)` asks to be called again with that much room.
-        Called with the engine's stream current; it must not wait for the device.
+        Called once per step, before the metadata goes to the device and with the engine's stream
+        current; it must not wait for the device. A number greater than `len(batch.host_work)` asks
+        to be called again with that much room.
         """
+        del plan, batch
+        return 0

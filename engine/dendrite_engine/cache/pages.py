@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 
 from dendrite_engine.cache.formats import PageFormat, PageShape
@@ -18,10 +19,13 @@ class KVPages:
         shape: sizes of the pool.
         format: how a page stores K and V.
         k, v: tensors [num_layers, num_pages, ...]; a page id indexes all layers.
+        stream: the CUDA stream in whose order pages are read and written; None on a CPU.
     """
 
-    def __init__(self, page_format: PageFormat, shape: PageShape) -> None:
-        self.format, self.shape = page_format, shape
+    def __init__(
+        self, page_format: PageFormat, shape: PageShape, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        self.format, self.shape, self.stream = page_format, shape, stream
         self.k, self.v = page_format.allocate(shape)
 
     @property
@@ -38,17 +42,30 @@ class KVPages:
         """K and V of one layer, [num_pages, kv_heads, ...]."""
         return self.k[index], self.v[index]
 
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`layer` of every layer."""
+        return [self.layer(index) for index in range(self.shape.num_layers)]
+
     def poison(self, page_ids: list[int]) -> None:
         """Fill pages with NaN, so that reading a slot nobody wrote cannot go unnoticed."""
         if page_ids:
-            index = torch.tensor(sorted(set(page_ids)), dtype=torch.int64)
-            self.k.index_fill_(1, index, float("nan"))
-            self.v.index_fill_(1, index, float("nan"))
+            with self._in_order():
+                index = torch.tensor(sorted(set(page_ids)), dtype=torch.int64).to(self.k.device)
+                self.k.index_fill_(1, index, float("nan"))
+                self.v.index_fill_(1, index, float("nan"))
 
     def checksum(self, page_id: int) -> int:
-        """CRC-32 over K and V of a page in all layers."""
-        crc = zlib.crc32(np.ascontiguousarray(self.k[:, page_id].numpy()).view(np.uint8).data)
-        return zlib.crc32(np.ascontiguousarray(self.v[:, page_id].numpy()).view(np.uint8).data, crc)
+        """CRC-32 over K and V of a page in all layers; waits for the device."""
+        crc = 0
+        with self._in_order():
+            for pool in (self.k, self.v):
+                page = pool[:, page_id].contiguous().flatten().view(torch.uint8)
+                crc = zlib.crc32(page.cpu().numpy().data, crc)
+        return crc
+
+    def _in_order(self) -> AbstractContextManager[object]:
+        """Work inside follows what the engine has asked of the device so far."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
 
 class PageGuard:

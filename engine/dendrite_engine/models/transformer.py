@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,10 @@ import torch
 from dendrite_engine.attention.base import AttentionBackend, ForwardBatch
 from dendrite_engine.cache.pages import KVPages
 from dendrite_engine.models.config import ModelConfig
-from dendrite_engine.models.linear import Linear, LinearFactory
+from dendrite_engine.models.layers import load_layers, output_matrix
+from dendrite_engine.models.linear import LinearFactory
 from dendrite_engine.models.rope import rope_tables
-from dendrite_engine.models.weights import WeightReader
-
-
-@dataclass(slots=True)
-class Layer:
-    """Weights of one block; q, k, v and gate, up are fused into one matrix each."""
-
-    input_norm: torch.Tensor  # [hidden]
-    qkv: Linear  # hidden -> (heads + 2 kv_heads) * head_dim
-    q_norm: torch.Tensor | None  # [head_dim]
-    k_norm: torch.Tensor | None  # [head_dim]
-    out: Linear  # heads * head_dim -> hidden
-    post_norm: torch.Tensor  # [hidden]
-    gate_up: Linear  # hidden -> 2 * intermediate
-    down: Linear  # intermediate -> hidden
-    window: int
+from dendrite_engine.models.weights import WeightReader, WeightSource
 
 
 class Transformer:
@@ -39,15 +24,13 @@ class Transformer:
         linear: how weights are multiplied, and why.
     """
 
-    def __init__(self, config: ModelConfig, reader: WeightReader, linear: LinearFactory) -> None:
+    def __init__(self, config: ModelConfig, reader: WeightSource, linear: LinearFactory) -> None:
         self.config, self.linear = config, linear
         hidden, vocab = config.hidden_size, config.vocab_size
         self.embedding = reader.get("model.embed_tokens.weight", vocab, hidden)  # [vocab, hidden]
-        self.layers = [_load_layer(config, reader, linear, i) for i in range(config.num_layers)]
+        self.layers = load_layers(config, reader, linear)
         self.final_norm = reader.get("model.norm.weight", hidden)
-        tied = config.tie_embeddings or "lm_head.weight" not in reader
-        head = self.embedding if tied else reader.get("lm_head.weight", vocab, hidden)
-        self.lm_head = linear(head)
+        self.lm_head = linear(output_matrix(config, reader, self.embedding))
         self._cos = self._sin = torch.empty(0)
 
     @classmethod
@@ -126,37 +109,3 @@ def _norm(
         ops.add_rms_norm(residual, None, weight, eps, out)
     else:
         ops.add_rms_norm(update, residual, weight, eps, out)
-
-
-def _load_layer(
-    config: ModelConfig, reader: WeightReader, linear: LinearFactory, index: int
-) -> Layer:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_out, kv_out = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    prefix = f"model.layers.{index}."
-
-    def fused(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
-        weight = torch.cat([reader.get(f"{prefix}{n}.weight", out, inputs) for n, out in names])
-        if not bias:
-            return linear(weight)
-        return linear(weight, torch.cat([reader.get(f"{prefix}{n}.bias", out) for n, out in names]))
-
-    def head_norm(name: str) -> torch.Tensor | None:
-        return (
-            reader.get(f"{prefix}self_attn.{name}.weight", config.head_dim)
-            if config.qk_norm
-            else None
-        )
-
-    qkv = [(f"self_attn.{n}_proj", q_out if n == "q" else kv_out) for n in "qkv"]
-    return Layer(
-        input_norm=reader.get(f"{prefix}input_layernorm.weight", hidden),
-        qkv=fused(qkv, hidden, config.attention_bias),
-        q_norm=head_norm("q_norm"),
-        k_norm=head_norm("k_norm"),
-        out=fused([("self_attn.o_proj", hidden)], q_out, config.attention_bias),
-        post_norm=reader.get(f"{prefix}post_attention_layernorm.weight", hidden),
-        gate_up=fused([("mlp.gate_proj", inner), ("mlp.up_proj", inner)], hidden, config.mlp_bias),
-        down=fused([("mlp.down_proj", hidden)], inner, config.mlp_bias),
-        window=config.windows[index] if config.windows else 0,
-    )

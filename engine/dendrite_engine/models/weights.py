@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -40,11 +40,29 @@ def weight_files(directory: Path) -> list[Path]:
     raise ModelError(f"{directory} has no .safetensors weights")
 
 
-class WeightReader:
-    """Context manager over the tensors of a model directory."""
+class WeightSource(Protocol):
+    """Where a model's tensors come from, by their name in a Hugging Face checkpoint."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-        self._directory, self._dtype = directory, dtype
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+
+    def get(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor, in the compute dtype and on the compute device."""
+
+
+class WeightReader:
+    """Context manager over the tensors of a model directory.
+
+    Tensors are read straight into the memory of `device` and cast to `dtype` there.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._directory, self._dtype, self._device = directory, dtype, str(device)
         self._handles: list[Any] = []
         self._where: dict[str, Any] = {}
 
@@ -53,7 +71,7 @@ class WeightReader:
 
         for file in weight_files(self._directory):
             try:
-                handle = safe_open(file, framework="pt", device="cpu")
+                handle = safe_open(file, framework="pt", device=self._device)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
             self._handles.append(handle)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from dendrite_engine.errors import InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +42,28 @@ class PageFormat(ABC):
     @abstractmethod
     def allocate(self, shape: PageShape) -> tuple[torch.Tensor, torch.Tensor]:
         """Uninitialised K and V tensors; the first dimensions are [num_layers, num_pages, ...]."""
+
+
+def pool_shape(
+    page_format: PageFormat, unit: PageShape, num_pages: int | None, budget: int
+) -> PageShape:
+    """Shape of a pool of `num_pages` pages, or with None of as many as `budget` bytes hold.
+
+    Args:
+        page_format: how a page stores K and V.
+        unit: the shape of a pool of one page.
+        num_pages: pages, or None.
+        budget: bytes; not looked at when num_pages is given.
+
+    Raises:
+        InvalidArgument: the budget holds no page.
+    """
+    if num_pages is None:
+        page_bytes = page_format.bytes_per_page(unit)
+        num_pages = budget // page_bytes
+        if num_pages < 1:
+            raise InvalidArgument(
+                f"kv_budget of {budget} bytes holds no page: one page of this model takes "
+                f"{page_bytes} bytes ({unit.page_size} tokens, {page_format.name})"
+            )
+    return replace(unit, num_pages=num_pages)

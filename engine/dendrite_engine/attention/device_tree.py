@@ -1,0 +1,127 @@
+"""Tree attention on the device: the host cuts the plan into a work list, one kernel walks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dendrite_engine.attention.base import Plan
+from dendrite_engine.attention.device_base import AttentionSetup, DeviceAttention, DeviceBatch
+from dendrite_engine.errors import BackendUnavailable
+
+_HEAD_DIMS = (64, 96, 128, 256)
+_UNIT = 16  # slots of an entry of the work list, which takes 4 ints
+_MAX_FIRST_CAPACITY = 1 << 22  # ints
+
+
+class DeviceTreeAttention(DeviceAttention):
+    """Reads each page once for all queries of a tile, whatever the tree.
+
+    The work section of a batch is one list for each distinct sliding window of the model, each in
+    an equal part of the section, so that a captured call finds it for every step.
+    """
+
+    name = "tree"
+
+    def __init__(self, setup: AttentionSetup) -> None:
+        if setup.head_dim not in _HEAD_DIMS and not setup.is_twin:
+            raise BackendUnavailable(
+                f"there is no kernel for head_dim {setup.head_dim}, only for "
+                f"{', '.join(map(str, _HEAD_DIMS))}"
+            )
+        self._setup = setup
+        self._build = _work_builder()
+        self._group = setup.num_heads // setup.num_kv_heads
+        self._windows = sorted(setup.windows)
+        like = torch.empty(1, dtype=setup.dtype, device=setup.device)
+        self._workers = {
+            tile: setup.ops.tree_attention_workers(like, setup.head_dim, setup.num_kv_heads, tile)
+            for tile in {self._tile(1), self._tile(setup.max_rows)}
+        }
+        self._slots = self._blocks = 0
+        self._reserve(2 * max(self._workers.values()), setup.max_rows)
+        self.reason = f"{setup.ops.name} kernel ({setup.ops.reason})"
+
+    def _tile(self, rows: int) -> int:
+        """Queries of a tile; a function of the batch's rows, which a captured call keeps."""
+        setup = self._setup
+        wide = setup.dtype != torch.float32 and setup.head_dim <= 128
+        return 128 if wide and rows * self._group > 64 else 64
+
+    def _reserve(self, slots: int, blocks: int) -> None:
+        """Scratch for so many partial results and blocks of rows."""
+        setup = self._setup
+        self._slots, self._blocks = max(slots, self._slots), max(blocks, self._blocks)
+        result = setup.num_kv_heads * max(self._workers) * (setup.head_dim + 2)
+        self._partials = torch.empty(self._slots * result, device=setup.device)
+        self._counters = torch.zeros(
+            self._blocks * setup.num_kv_heads, dtype=torch.int32, device=setup.device
+        )
+        self.scratch_version += 1
+
+    def work_capacity(self, num_pages: int) -> int:
+        """Room for a full batch of a prompt over all pages, within reason."""
+        setup = self._setup
+        rows_per_block = max(1, self._tile(setup.max_rows) // self._group)
+        entries = -(-num_pages * setup.page_size // _UNIT) * -(-setup.max_rows // rows_per_block)
+        return min(4 * entries + 1024, _MAX_FIRST_CAPACITY) * len(self._windows)
+
+    def prepare(self, plan: Plan, batch: DeviceBatch) -> int:
+        """See DeviceAttention.prepare; O(rows + pages read by tiles of queries)."""
+        setup, tile = self._setup, self._tile(batch.rows)
+        part = self._part(len(batch.host_work))
+        needed = slots = blocks = 0
+        for index, window in enumerate(self._windows):
+            room = batch.host_work[index * part : (index + 1) * part]
+            size = self._build(
+                plan.positions, plan.node_pos, plan.node_len, plan.node_row_begin,
+                plan.node_row_end, plan.node_page_indptr, plan.page_indices, setup.page_size,
+                self._group, tile, self._workers[tile], window, setup.deterministic, room,
+            )  # fmt: skip
+            needed, slots, blocks = max(needed, size[0]), max(slots, size[1]), max(blocks, size[2])
+        if slots > self._slots or blocks > self._blocks:
+            self._reserve(slots * 5 // 4, blocks)
+        if needed > part:
+            return (needed + 4) * len(self._windows)
+        return part * (len(self._windows) - 1) + needed
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        batch: DeviceBatch,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        window: int,
+    ) -> None:
+        """See AttentionBackend.attend; one launch."""
+        tile = self._tile(batch.rows)
+        work = batch.work
+        if len(self._windows) > 1:
+            part = self._part(len(work))
+            begin = self._windows.index(window) * part
+            work = work[begin : begin + part]
+        self._setup.ops.tree_attention(
+            q, k_pages, v_pages, batch.positions, work, self._partials, self._counters, out, scale,
+            window, tile, self._workers[tile],
+        )  # fmt: skip
+
+    def _part(self, ints: int) -> int:
+        """Ints of each window's part of a section; a multiple of 4."""
+        return ints // len(self._windows) // 4 * 4
+
+
+def _work_builder() -> Callable[..., tuple[int, int, int]]:
+    try:
+        from dendrite_engine import _core
+    except ImportError as error:
+        raise BackendUnavailable(f"the native core is missing ({error})") from error
+    core: Any = _core
+    if not hasattr(core, "attention_work"):
+        raise BackendUnavailable("the native core is older than this backend: build it again")
+    build: Callable[..., tuple[int, int, int]] = core.attention_work
+    return build

@@ -1,0 +1,175 @@
+"""Matrix products on the device, into buffers that were allocated before.
+
+Up to SKINNY_ROWS rows go to the engine's own kernel, which reads the weights at memory speed; the
+rest goes to cuBLAS. Which of the two runs depends on the number of rows alone.
+
+cuBLAS picks its kernel, and with it the order in which the products of a row are added up, by the
+number of rows. At a fixed number of rows a row's bits depend neither on its place nor on the other
+rows. So the deterministic mode multiplies tiles of DEVICE_DETERMINISTIC_TILE rows, whatever stands
+in the rows that nobody needs. Larger tiles are used where a comparison at load time showed that
+they give bitwise the same rows, so that prompts do not pay for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+DEVICE_DETERMINISTIC_TILE = 64
+SKINNY_ROWS = 16
+_TILES = (2048, 1024, 512, 256, 128)  # candidates, largest first
+_PROBE_BYTES = 256 << 20  # of one probe's output
+
+
+class DeviceLinear:
+    """y = x W^T + b, written into `out`.
+
+    Attributes:
+        weight: [out_features, in_features] in the compute dtype.
+        bias: [out_features] or None.
+        tiles: the numbers of rows that may be multiplied at once, largest first; empty: any.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        skinny: Any = None,
+        deterministic: bool = False,
+    ) -> None:
+        self.weight, self.bias = weight.contiguous(), bias
+        self.tiles: tuple[int, ...] = (DEVICE_DETERMINISTIC_TILE,) if deterministic else ()
+        self._transposed = self.weight.t()
+        self._skinny = None if deterministic else skinny
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Multiply all rows.
+
+        Args:
+            x: compute dtype [rows, in_features], contiguous. With `tiles`, rows is a multiple of
+                the smallest tile.
+            out: [rows, out_features], compute dtype or fp32.
+        """
+        rows = x.shape[0]
+        if self._skinny is not None and rows <= SKINNY_ROWS:
+            self._skinny(x, self.weight, self.bias, out)
+        elif not self.tiles or rows == self.tiles[-1]:
+            self._multiply(x, out)
+        else:
+            self._multiply_tiles(x, out)
+
+    def _multiply_tiles(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        begin, rows = 0, x.shape[0]
+        for tile in self.tiles:
+            while rows - begin >= tile:
+                part = slice(begin, begin + tile)
+                self._multiply(x[part], out[part])
+                begin += tile
+
+    def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        if out.dtype != x.dtype:
+            _multiply_to_fp32(x, self._transposed, self.bias, out)
+        elif self.bias is None:
+            torch.mm(x, self._transposed, out=out)
+        else:
+            torch.addmm(self.bias, x, self._transposed, out=out)
+
+    def find_tiles(self, max_rows: int, out_dtype: torch.dtype) -> tuple[int, ...]:
+        """Set `tiles` to those that give bitwise the rows of the smallest one, and return them.
+
+        Compared on random data with this matrix; cuBLAS chooses by shape, so what holds for one
+        matrix holds for all of its shape.
+        """
+        outputs, inputs = self.weight.shape
+        limit = min(max_rows, _PROBE_BYTES // (outputs * 4))
+        candidates = [tile for tile in _TILES if tile <= limit]
+        self.tiles = (DEVICE_DETERMINISTIC_TILE,)
+        if not candidates:
+            return self.tiles
+        x = _random_rows(candidates[0], inputs, self.weight)
+        expected = torch.empty(candidates[0], outputs, dtype=out_dtype, device=x.device)
+        self._multiply_tiles(x, expected)
+        found = torch.empty_like(expected)
+        equal = []
+        for tile in candidates:
+            for begin in range(0, candidates[0], tile):
+                self._multiply(x[begin : begin + tile], found[begin : begin + tile])
+            if torch.equal(found, expected):
+                equal.append(tile)
+        self.tiles = (*equal, DEVICE_DETERMINISTIC_TILE)
+        return self.tiles
+
+
+def _random_rows(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator(like.device)
+    generator.manual_seed(rows * width)
+    x = torch.empty(rows, width, dtype=like.dtype, device=like.device)
+    return x.normal_(generator=generator)
+
+
+def _multiply_to_fp32(
+    x: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """A product of 16-bit numbers whose sums are not rounded to 16 bits."""
+    if x.is_cuda:
+        torch.ops.aten.mm.dtype_out(x, transposed, torch.float32, out=out)
+    else:
+        torch.mm(x.float(), transposed.float(), out=out)
+    if bias is not None:
+        out += bias
+
+
+class DeviceLinearFactory:
+    """Makes the linear layers of one model.
+
+    Attributes:
+        deterministic: one way of adding up for every number of rows.
+        reason: what multiplies, for `Engine.report()`.
+    """
+
+    def __init__(self, ops: Any, *, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+        self._skinny = None if deterministic else getattr(ops, "skinny_linear", None)
+        self._made: list[DeviceLinear] = []
+        self.reason = self._plain_reason()
+
+    def _plain_reason(self) -> str:
+        if self.deterministic:
+            return f"tiles of {DEVICE_DETERMINISTIC_TILE} rows"
+        if self._skinny is None:
+            return "torch.mm"
+        return f"skinny_linear up to {SKINNY_ROWS} rows, torch.mm above"
+
+    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DeviceLinear:
+        """Linear of `weight` [out, in] and `bias` [out] or None."""
+        linear = DeviceLinear(weight, bias, skinny=self._skinny, deterministic=self.deterministic)
+        self._made.append(linear)
+        return linear
+
+    @torch.inference_mode()
+    def find_tiles(self, max_rows: int, fp32_outputs: Iterable[DeviceLinear]) -> None:
+        """Deterministic mode: find the larger tiles of every shape made so far, once per shape.
+
+        Args:
+            max_rows: rows of a batch at most.
+            fp32_outputs: those of the layers that write fp32 (the output matrix).
+        """
+        if not self.deterministic:
+            return
+        wide = {id(linear) for linear in fp32_outputs}
+        known: dict[tuple[Any, ...], tuple[int, ...]] = {}
+        for linear in self._made:
+            dtype = torch.float32 if id(linear) in wide else linear.weight.dtype
+            key = (*linear.weight.shape, linear.bias is None, dtype)
+            if key not in known:
+                known[key] = linear.find_tiles(max_rows, dtype)
+            linear.tiles = known[key]
+        shapes = (f"{key[0]}x{key[1]}: {_listed(tiles)}" for key, tiles in known.items())
+        self.reason = "bitwise equal tiles of rows by matrix: " + "; ".join(shapes)
+
+
+def _listed(tiles: tuple[int, ...]) -> str:
+    return " ".join(str(tile) for tile in reversed(tiles))
