@@ -12,16 +12,17 @@ foreach(source ${DEVICE_SOURCES})
   set(object ${CMAKE_CURRENT_BINARY_DIR}/${stem}.o)
   set(log ${CMAKE_CURRENT_BINARY_DIR}/${stem}.ptxas.txt)
   if(CMAKE_VERSION VERSION_LESS 3.20)
-    set(depends DEPENDS ${DEVICE_HEADERS})
+    set(depends ${DEVICE_HEADERS})
     set(write_depends "")
   else()
-    set(depends DEPFILE ${object}.d)
+    set(depends DEPFILE ${object}.d)  # (MAIN_DEPENDENCY would keep the source from the emulator)
     set(write_depends -MD -MF ${object}.d)
   endif()
   add_custom_command(OUTPUT ${object} ${log}
     COMMAND ${CMAKE_COMMAND} -DLOG=${log} -P ${CMAKE_CURRENT_SOURCE_DIR}/run_nvcc.cmake --
       ${NVCC} ${NVCC_FLAGS} ${write_depends} -c ${source} -o ${object}
-    MAIN_DEPENDENCY ${source} ${depends} VERBATIM COMMENT "nvcc ${stem}.cu")
+    DEPENDS ${source} ${CMAKE_CURRENT_SOURCE_DIR}/run_nvcc.cmake ${depends} VERBATIM
+    COMMENT "nvcc ${stem}.cu")
   list(APPEND OBJECTS ${object})
   list(APPEND LOGS ${log})
 endforeach()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import device_cases
 import pytest
 
 from dendrite_engine import kernels
@@ -43,3 +46,11 @@ def ops(choice):
 def reference():
     """The torch twin."""
     return kernels.load("reference")
+
+
+@pytest.fixture(params=device_cases.TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[device_cases.Target]:
+    """The device kernels, emulated and on the GPU; see device_cases."""
+    under_test = device_cases.make_target(request.param)
+    yield under_test
+    under_test.check_guards()
