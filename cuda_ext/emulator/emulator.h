@@ -1,12 +1,12 @@
-// Runs kernels written against device.cuh on a CPU, for tests: emulate(kernel, grid, block, bytes of
-// shared memory, arguments...). Pointers are plain host memory. Needs no library, and no flag but
-// -DDENDRITE_EMULATE (add -Wno-unknown-pragmas for `#pragma unroll`).
+// Runs kernels written against device.cuh on a CPU, for tests: emulate(kernel, grid, block, bytes
+// of shared memory, arguments...). Pointers are plain host memory. Needs no library, and no flag
+// but -DDENDRITE_EMULATE (add -Wno-unknown-pragmas for `#pragma unroll`).
 //
 // Throws std::runtime_error that names kernel, block and thread for: barriers that not all threads
-// reach (deadlock), threads that meet in different calls, warp collectives with lanes missing, shared
-// memory out of range in ldmatrix and cp_async or overwritten at its ends, misaligned 16-byte
-// accesses, launches that a GPU would refuse. Shared memory is 0xff bytes (NaN) before every block.
-// -fsanitize=address,undefined works too, and finds the rest of the stray accesses.
+// reach (deadlock), threads that meet in different calls, warp collectives with lanes missing,
+// shared memory out of range in ldmatrix and cp_async or overwritten at its ends, misaligned
+// 16-byte accesses, launches that a GPU would refuse. Shared memory is 0xff bytes (NaN) before
+// every block. -fsanitize=address,undefined works too, and finds the rest of the stray accesses.
 #pragma once
 
 #include <cxxabi.h>

@@ -1,6 +1,7 @@
 // Runs the blocks of a grid one after another, every thread of a block as a fiber. A thread runs
 // until it waits for others (a warp collective, a block barrier) or returns; then the next thread
-// of its warp that can run does, then the next warp. Nothing depends on time: a run can be repeated.
+// of its warp that can run does, then the next warp. Nothing depends on time: a run can be
+// repeated.
 #pragma once
 
 #include <cstdint>
@@ -124,7 +125,8 @@ class Machine {
   // Is there room for `bytes` in shared memory at this address?
   bool is_shared(const void* address, size_t bytes = 1) const {
     const char* p = static_cast<const char*>(address);
-    return p >= shared_ && p <= shared_ + shared_bytes_ && size_t(shared_ + shared_bytes_ - p) >= bytes;
+    return p >= shared_ && p <= shared_ + shared_bytes_ &&
+           size_t(shared_ + shared_bytes_ - p) >= bytes;
   }
   // Throws std::runtime_error that names the kernel, the block and the thread.
   [[noreturn]] void fail(const std::string& what) const;

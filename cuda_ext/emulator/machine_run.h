@@ -30,7 +30,8 @@ inline unsigned Machine::first_lane(uint32_t ready) {
 }
 
 inline Fiber* Machine::next_ready() {
-  unsigned start = current_ == nullptr ? 0 : current_->warp;
+  unsigned start = order_ == Order::kBackward ? num_warps_ - 1 : 0;
+  if (current_ != nullptr) start = current_->warp;
   if (order_ == Order::kShuffled) start = unsigned(random() % num_warps_);
   for (unsigned i = 0; i < num_warps_; ++i) {
     const unsigned step = order_ == Order::kBackward ? num_warps_ - i : i;

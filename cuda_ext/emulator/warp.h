@@ -180,7 +180,8 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
   constexpr emulator::Wait kWait = kBf16 ? emulator::Wait::kMmaBf16 : emulator::Wait::kMmaF16;
   emulator::Product own{d, a, b};
-  emulator::machine.meet_warp({kWait, 0, place}, &own, [](void** all) { emulator::multiply<T>(all); });
+  emulator::machine.meet_warp({kWait, 0, place}, &own,
+                              [](void** all) { emulator::multiply<T>(all); });
 }
 
 }  // namespace dendrite

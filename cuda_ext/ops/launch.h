@@ -20,9 +20,12 @@ namespace dendrite {
 template <class Function>
 void with_type(Dtype dtype, Function&& function) {
   switch (dtype) {
-    case Dtype::kF32: return function(float());
-    case Dtype::kF16: return function(half_t());
-    case Dtype::kBF16: return function(bf16());
+    case Dtype::kF32:
+      return function(float());
+    case Dtype::kF16:
+      return function(half_t());
+    case Dtype::kBF16:
+      return function(bf16());
   }
   throw std::invalid_argument("unknown Dtype " + std::to_string(int(dtype)));
 }

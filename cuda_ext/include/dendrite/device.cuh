@@ -11,14 +11,15 @@
 //     cp_async_commit() and cp_async_wait<N>(), and for the others after a barrier behind that;
 //   - shared memory is dynamic only: DENDRITE_SHARED_MEMORY(char, smem).
 //
-// Fragments of mma_m16n8k16 (g = lane / 4, t = lane % 4; a register holds two values, the lower
-// column or k in its lower half):
-//   a[0]: row g, k 2t    a[1]: row g + 8, k 2t    a[2]: row g, k 2t + 8    a[3]: row g + 8, k 2t + 8
-//   b[0]: k 2t, column g           b[1]: k 2t + 8, column g
-//   d[0], d[1]: row g, columns 2t and 2t + 1      d[2], d[3]: row g + 8, the same columns
+// Fragments of mma_m16n8k16 (g = lane / 4, t = 2 * (lane % 4); a register holds two values, that of
+// the lower column or k in its lower half):
+//   a[0]: row g, k t, t + 1              b[0]: k t, t + 1, column g
+//   a[1]: row g + 8, k t, t + 1          b[1]: k t + 8, t + 9, column g
+//   a[2]: row g, k t + 8, t + 9          d[0], d[1]: row g, columns t, t + 1
+//   a[3]: row g + 8, k t + 8, t + 9      d[2], d[3]: row g + 8, columns t, t + 1
 // ldmatrix: lane i gives the address of row i % 8 (8 values, 16 bytes) of matrix i / 8; r[m] of a
-// lane is row g, columns 2t and 2t + 1 of matrix m; with _trans rows 2t and 2t + 1, column g.
-// The _x2 forms use the addresses of lanes 0 to 15.
+// lane is row g, columns t and t + 1 of matrix m; with _trans rows t and t + 1, column g. The _x2
+// forms use the addresses of lanes 0 to 15.
 #pragma once
 
 #include "device_types.cuh"
