@@ -6,11 +6,15 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
 BENCHMARKS ?= fork memory tree first-token search gemm
+# GPU kernels: AUTO builds them when nvcc is there (a GPU isn't needed), ON insists, OFF doesn't.
+CUDA ?= AUTO
+CUDA_ARCHS ?= 80,90a,100,120
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.dendrite-setup
-NATIVE := $(shell find cuda_ext -name '*.cc' -o -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+NATIVE := $(shell find cuda_ext -name '*.cc' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
+  -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt)
 NODE_MODULES := widgets/node_modules/.package-lock.json
 export PIP_NO_INPUT := 1
 
@@ -23,9 +27,9 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv: builds the native modules, installs everything (quick when up to date)
 	@:
 
-# Editable: Python comes from the checkout, the two native modules are built into .venv and rebuilt
-# here when a C++ source changes. Build tools go into .venv first, so that no network is needed for
-# a rebuild and CMake's cache stays valid.
+# Editable: Python comes from the checkout, native modules and GPU kernels are built into .venv and
+# rebuilt here when a source changes. Build tools go into .venv first, so that no network is needed
+# for a rebuild and CMake's cache stays valid; torch too, for its headers.
 $(STAMP): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "dendrite-lab needs Python 3.10 to 3.13, $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make setup PYTHON=python3.12" >&2; exit 1; }
@@ -36,8 +40,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(NATIVE)
 ifdef TORCH_INDEX
 	$(PIP) install -c $(CONSTRAINTS) torch --index-url $(TORCH_INDEX)
 endif
-	$(PIP) install -c $(CONSTRAINTS) scikit-build-core nanobind cmake ninja
-	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[test,dev]'
+	$(PIP) install -c $(CONSTRAINTS) scikit-build-core nanobind cmake ninja torch
+	SKBUILD_CMAKE_DEFINE='DENDRITE_EMULATOR=ON;DENDRITE_CUDA=$(CUDA);DENDRITE_CUDA_ARCHS=$(CUDA_ARCHS)' \
+	  $(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[test,dev]'
 	@touch $@
 
 model: setup  ## fetch and convert the default model, once
