@@ -25,8 +25,19 @@ _COMMON = {
 }
 
 
+WIDE = "-wide"  # suffix of a kind: heads of 64, the smallest that the GPU's kernels take
+_WIDE = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 64}
+
+
 def config_of(kind: str):
     """The transformers config called `kind`."""
+    config = _config_of(kind.removesuffix(WIDE))
+    if kind.endswith(WIDE):
+        config.update(_WIDE)
+    return config
+
+
+def _config_of(kind: str):
     from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
     llama3_rope = {

@@ -40,8 +40,8 @@ class DeviceTreeAttention(DeviceAttention):
             tile: setup.ops.tree_attention_workers(like, setup.head_dim, setup.num_kv_heads, tile)
             for tile in {self._tile(1), self._tile(setup.max_rows)}
         }
-        self._slots = self._blocks = 0
-        self._reserve(2 * max(self._workers.values()), setup.max_rows)
+        self._slots = 0
+        self._reserve(2 * max(self._workers.values()))
         self.reason = f"{setup.ops.name} kernel ({setup.ops.reason})"
 
     def _tile(self, rows: int) -> int:
@@ -50,15 +50,11 @@ class DeviceTreeAttention(DeviceAttention):
         wide = setup.dtype != torch.float32 and setup.head_dim <= 128
         return 128 if wide and rows * self._group > 64 else 64
 
-    def _reserve(self, slots: int, blocks: int) -> None:
-        """Scratch for so many partial results and blocks of rows."""
-        setup = self._setup
-        self._slots, self._blocks = max(slots, self._slots), max(blocks, self._blocks)
+    def _reserve(self, slots: int) -> None:
+        """Scratch for so many partial results."""
+        setup, self._slots = self._setup, slots
         result = setup.num_kv_heads * max(self._workers) * (setup.head_dim + 2)
-        self._partials = torch.empty(self._slots * result, device=setup.device)
-        self._counters = torch.zeros(
-            self._blocks * setup.num_kv_heads, dtype=torch.int32, device=setup.device
-        )
+        self._partials = torch.empty(slots * result, device=setup.device)
         self.scratch_version += 1
 
     def work_capacity(self, num_pages: int) -> int:
@@ -72,7 +68,7 @@ class DeviceTreeAttention(DeviceAttention):
         """See DeviceAttention.prepare; O(rows + pages read by tiles of queries)."""
         setup, tile = self._setup, self._tile(batch.rows)
         part = self._part(len(batch.host_work))
-        needed = slots = blocks = 0
+        needed = slots = 0
         for index, window in enumerate(self._windows):
             room = batch.host_work[index * part : (index + 1) * part]
             size = self._build(
@@ -80,9 +76,9 @@ class DeviceTreeAttention(DeviceAttention):
                 plan.node_row_end, plan.node_page_indptr, plan.page_indices, setup.page_size,
                 self._group, tile, self._workers[tile], window, setup.deterministic, room,
             )  # fmt: skip
-            needed, slots, blocks = max(needed, size[0]), max(slots, size[1]), max(blocks, size[2])
-        if slots > self._slots or blocks > self._blocks:
-            self._reserve(slots * 5 // 4, blocks)
+            needed, slots = max(needed, size[0]), max(slots, size[1])
+        if slots > self._slots:
+            self._reserve(slots * 5 // 4)
         if needed > part:
             return (needed + 4) * len(self._windows)
         return part * (len(self._windows) - 1) + needed
@@ -106,8 +102,8 @@ class DeviceTreeAttention(DeviceAttention):
             begin = self._windows.index(window) * part
             work = work[begin : begin + part]
         self._setup.ops.tree_attention(
-            q, k_pages, v_pages, batch.positions, work, self._partials, self._counters, out, scale,
-            window, tile, self._workers[tile],
+            q, k_pages, v_pages, batch.positions, work, self._partials, out, scale, window, tile,
+            self._workers[tile],
         )  # fmt: skip
 
     def _part(self, ints: int) -> int:

@@ -76,8 +76,10 @@ def build_device(request: DeviceRequest) -> DeviceParts:
     if request.choice.is_twin:
         return _build(request, None)
     with torch.cuda.device(request.choice.device):
-        parts = _build(request, torch.cuda.Stream())
-        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # memory freed by this engine is reused in this order only
+            parts = _build(request, stream)
+            stream.synchronize()
     return parts
 
 
@@ -119,7 +121,7 @@ def _page_format(config: EngineConfig, choice: DeviceChoice, dtype: torch.dtype)
 
 def _load(request: DeviceRequest, dtype: torch.dtype) -> DeviceTransformer:
     config, device = request.config, request.choice.device
-    linear = DeviceLinearFactory(request.choice.ops, deterministic=config.deterministic)
+    linear = DeviceLinearFactory(request.choice.ops, dtype, deterministic=config.deterministic)
     if config.weights == "random":
         source = RandomWeights(request.model_config, device, dtype, config.seed)
         model = DeviceTransformer(request.model_config, source, linear, dtype, device)

@@ -1,7 +1,7 @@
 """Matrix products on the device, into buffers that were allocated before.
 
-Up to SKINNY_ROWS rows go to the engine's own kernel, which reads the weights at memory speed; the
-rest goes to cuBLAS. Which of the two runs depends on the number of rows alone.
+Up to SKINNY_ROWS rows of 16-bit numbers go to the engine's own kernel, which reads the weights at
+memory speed; the rest goes to cuBLAS. Which of the two runs depends on the number of rows alone.
 
 cuBLAS picks its kernel, and with it the order in which the products of a row are added up, by the
 number of rows. At a fixed number of rows a row's bits depend neither on its place nor on the other
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 DEVICE_DETERMINISTIC_TILE = 64
-SKINNY_ROWS = 16
+SKINNY_ROWS = 16  # measured; the kernel takes up to 64
+_SKINNY_INPUTS = 8  # it wants a multiple of this many inputs
 _TILES = (2048, 1024, 512, 256, 128)  # candidates, largest first
 _PROBE_BYTES = 256 << 20  # of one probe's output
 
@@ -43,7 +44,8 @@ class DeviceLinear:
         self.weight, self.bias = weight.contiguous(), bias
         self.tiles: tuple[int, ...] = (DEVICE_DETERMINISTIC_TILE,) if deterministic else ()
         self._transposed = self.weight.t()
-        self._skinny = None if deterministic else skinny
+        fits = weight.shape[1] % _SKINNY_INPUTS == 0
+        self._skinny = None if deterministic or not fits else skinny
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Multiply all rows.
@@ -60,6 +62,10 @@ class DeviceLinear:
             self._multiply(x, out)
         else:
             self._multiply_tiles(x, out)
+
+    def serves_silu_mul(self, rows: int) -> bool:
+        """Whether so many rows can be multiplied and gated by one kernel."""
+        return self._skinny is not None and self.bias is None and rows <= SKINNY_ROWS
 
     def _multiply_tiles(self, x: torch.Tensor, out: torch.Tensor) -> None:
         begin, rows = 0, x.shape[0]
@@ -130,9 +136,10 @@ class DeviceLinearFactory:
         reason: what multiplies, for `Engine.report()`.
     """
 
-    def __init__(self, ops: Any, *, deterministic: bool = False) -> None:
+    def __init__(self, ops: Any, dtype: torch.dtype, *, deterministic: bool = False) -> None:
         self.deterministic = deterministic
-        self._skinny = None if deterministic else getattr(ops, "skinny_linear", None)
+        serves = not deterministic and dtype != torch.float32
+        self._skinny = getattr(ops, "skinny_linear", None) if serves else None
         self._made: list[DeviceLinear] = []
         self.reason = self._plain_reason()
 

@@ -149,8 +149,11 @@ class DeviceTransformer:
             layer.out(g.attended_flat, g.update)
             update = a.update
             ops.add_rms_norm(update, a.residual, layer.post_norm, eps, a.normed, None)
-            layer.gate_up(g.normed, g.gate_up)
-            ops.silu_mul(a.gate_up, a.gated)
+            if layer.gate_up.serves_silu_mul(gemm_rows):
+                ops.skinny_linear_silu_mul(g.normed, layer.gate_up.weight, g.gated)
+            else:
+                layer.gate_up(g.normed, g.gate_up)
+                ops.silu_mul(a.gate_up, a.gated)
             layer.down(g.gated, g.update)
         if logits.shape[0]:
             self._write_logits(batch, activations, update, a, logits, ops)

@@ -41,5 +41,5 @@ class RandomWeights:
         if name.endswith(".bias"):
             return torch.zeros(shape, **options)
         generator = torch.Generator(self._device)
-        generator.manual_seed(zlib.crc32(name.encode()) | (self._seed & 0x7FFFFFFF) << 32)
+        generator.manual_seed(zlib.crc32(f"{self._seed}:{name}".encode()))
         return torch.empty(shape, **options).normal_(0.0, _STD, generator=generator)
