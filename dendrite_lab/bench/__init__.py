@@ -17,6 +17,10 @@ from dendrite_engine.registry import Registry
 BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
     "benchmark",
     {
+        "attention": "dendrite_lab.bench.gpu_attention:run",
+        "beam": "dendrite_lab.bench.gpu_beam:run",
+        "decode": "dendrite_lab.bench.gpu_decode:run",
+        "deterministic": "dendrite_lab.bench.gpu_deterministic:run",
         "first-token": "dendrite_lab.bench.first_token:run",
         "fork": "dendrite_lab.bench.fork:run",
         "gemm": "dendrite_lab.bench.gemm:run",

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from dendrite_engine import Engine, SamplingParams
-from dendrite_lab.bench import measure
+from dendrite_lab.bench import gpu_first_token, measure
+from dendrite_lab.bench.gpu_engine import wants_device
 from dendrite_lab.bench.workload import make_engine, prompt_ids
 
 ONE = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=1)
 
 
 def run(argv: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the benchmark; see the module's first line."""
+    """Run the benchmark; see the module's first line. `--shape` runs its GPU form."""
+    if wants_device(argv):
+        return gpu_first_token.run(argv)
     parser = argparse.ArgumentParser(prog="dendrite-lab bench first-token")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--prefixes", type=int, nargs="+", default=[1024, 4096])

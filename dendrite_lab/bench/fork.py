@@ -20,7 +20,8 @@ from dendrite_engine.cache import make_core
 from dendrite_engine.engine import Engine
 from dendrite_engine.trace import Trace
 from dendrite_engine.tree.branch import Branch
-from dendrite_lab.bench import measure
+from dendrite_lab.bench import gpu_fork, measure
+from dendrite_lab.bench.gpu_engine import wants_device
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
@@ -46,7 +47,9 @@ class Bookkeeping(Engine):
 
 
 def run(argv: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the benchmark; see the module's first lines."""
+    """Run the benchmark; see the module's first lines. `--shape` runs its GPU form."""
+    if wants_device(argv):
+        return gpu_fork.run(argv)
     parser = argparse.ArgumentParser(prog="dendrite-lab bench fork")
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--forks", type=int, default=2000, help="forks per repetition")

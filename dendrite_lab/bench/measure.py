@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "transformers", "llama-cpp-python", "dendrite-lab")
+PACKAGES = (
+    "torch", "numpy", "transformers", "llama-cpp-python", "flashinfer-python", "vllm", "sglang",
+    "dendrite-lab",
+)  # fmt: skip
 
 
 def spread(values: Iterable[float], digits: int = 3) -> dict[str, float | int]:
@@ -46,7 +50,7 @@ def report(
     """A benchmark's result: who measured what, where, with which versions."""
     return {
         "benchmark": name,
-        "command": " ".join(["dendrite-lab", "bench", name, *map(_without_folder, argv)]),
+        "command": shlex.join(["dendrite-lab", "bench", name, *map(_without_folder, argv)]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions(),
@@ -61,10 +65,10 @@ def _without_folder(argument: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores in use and memory."""
+    """CPU, cores in use and memory; the GPU where there is one."""
     import torch
 
-    return {
+    found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -72,6 +76,11 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "isa": torch.backends.cpu.get_cpu_capability(),
     }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = properties.name
+        found["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -16,12 +16,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from dendrite_engine import Engine, SamplingParams
-from dendrite_lab.bench import measure
+from dendrite_lab.bench import gpu_tree, measure
+from dendrite_lab.bench.gpu_engine import wants_device
 from dendrite_lab.bench.workload import hugging_face, make_engine, prompt_ids
 
 
 def run(argv: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the benchmark; see the module's first lines."""
+    """Run the benchmark; see the module's first lines. `--shape` runs its GPU form."""
+    if wants_device(argv):
+        return gpu_tree.run(argv)
     parser = argparse.ArgumentParser(prog="dendrite-lab bench tree")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--prefix", type=int, default=2048)
