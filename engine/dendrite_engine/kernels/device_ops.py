@@ -66,8 +66,12 @@ OPS: dict[str, Op] = {
         "(Tensor like, int head_dim, int kv_heads, int q_tile) -> int",
     ),
     "skinny_linear": Op(
-        "device_reference:skinny_linear",
+        "device_reference_linear:skinny_linear",
         "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
+    ),
+    "skinny_linear_silu_mul": Op(
+        "device_reference_linear:skinny_linear_silu_mul",
+        "(Tensor x, Tensor weight, Tensor(a!) out) -> ()",
     ),
     "sample": Op(
         "device_reference_sampling:sample",
@@ -204,6 +208,7 @@ class DeviceKernels:
         self._tree_attention = operations["tree_attention"]
         self._tree_attention_workers = operations["tree_attention_workers"]
         self._skinny_linear = operations["skinny_linear"]
+        self._skinny_linear_silu_mul = operations["skinny_linear_silu_mul"]
         self._sample = operations["sample"]
         self._top_logprobs = operations["top_logprobs"]
 
@@ -259,8 +264,14 @@ class DeviceKernels:
     def skinny_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        """See `device_reference.skinny_linear`."""
+        """See `device_reference_linear.skinny_linear`."""
         self._skinny_linear(x, weight, bias, out)
+
+    def skinny_linear_silu_mul(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """See `device_reference_linear.skinny_linear_silu_mul`."""
+        self._skinny_linear_silu_mul(x, weight, out)
 
     def sample(self, *arguments: torch.Tensor) -> None:
         """See `device_reference_sampling.sample`."""

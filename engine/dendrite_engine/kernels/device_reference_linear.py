@@ -1,0 +1,29 @@
+"""Twins of the products of a few rows with a weight, in plain torch.
+
+x is [M, K], weight [N, K], both contiguous; the kernels take fp16 and bf16, M <= 64 and K a
+multiple of 8. Products are summed in fp32 and rounded once, to the dtype of out.
+
+The kernels add up a row in an order that depends on K alone: a row has bitwise the same result for
+every number of rows, at every place and whatever the other rows hold.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def skinny_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Out [M, N], of the dtype of x or fp32, = x weight^T + bias [N]."""
+    product = x.float() @ weight.float().T
+    out.copy_(product if bias is None else product + bias.float())
+
+
+def skinny_linear_silu_mul(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """Out [M, N / 2] = silu(x gates^T) * (x ups^T); weight [N, K] holds the gates, then the ups.
+
+    Both products are rounded to the dtype of x in between: bitwise skinny_linear, then silu_mul.
+    """
+    gate, up = (x.float() @ weight.float().T).to(x.dtype).float().chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
