@@ -1,0 +1,209 @@
+"""host_step: what the engine thread spends per decoding step, without a model and without a device.
+
+A fake runner and a fake sampler stand in for the device; pages, tree, scheduler, loop and reports
+are real. Per step:
+
+- critical: from "tokens known" to "next forward pass launched": the device has nothing to do.
+- hidden: from there until the thread waits for the next tokens: sampling settings, reports.
+
+    python benchmarks/host_step.py --branches 1 64 256 --listen
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import itertools
+import pstats
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dendrite_engine.cache import make_core
+from dendrite_engine.config import EngineConfig
+from dendrite_engine.decoding import Decoder
+from dendrite_engine.engine import Engine
+from dendrite_engine.jobs import Job
+from dendrite_engine.loop import StepLoop
+from dendrite_engine.models.tokenizer import StreamDecoder
+from dendrite_engine.sampling import Sampler, SamplingRows
+from dendrite_engine.sampling_params import SamplingParams
+from dendrite_engine.scheduler import Scheduler
+from dendrite_engine.trace import Trace
+from dendrite_engine.tree.branch import Branch
+from dendrite_engine.types import TokenEvent
+
+VOCAB = 32_000
+
+
+class Clock:
+    """When steps were launched, waited for, and known, in s."""
+
+    def __init__(self) -> None:
+        self.launched: list[float] = []
+        self.returned: list[float] = []
+        self.waiting: list[float] = []
+        self.known: list[float] = []
+
+
+class FakeRunner:
+    """Returns at once, as a runner does that only launches."""
+
+    is_async = True
+    last_ms = host_ms = 0.0
+    steps = rows = graph_steps = 0
+    logits_epoch = None
+    failure = None
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._logits = torch.zeros(1024, 4)
+
+    def run(self, plan: Any) -> tuple[torch.Tensor, np.ndarray]:
+        """The rows of a plan, in no time."""
+        self._clock.launched.append(time.perf_counter())
+        wanted = plan.logits_row
+        distinct = np.unique(wanted[wanted >= 0])
+        rows = np.where(wanted >= 0, np.searchsorted(distinct, wanted), -1)
+        self._clock.returned.append(time.perf_counter())
+        return self._logits[: len(distinct)], rows
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+    def diagnose(self, error: Exception) -> Exception:
+        """An error is just that."""
+        return error
+
+
+class FakeTokens:
+    """Tokens that the device has ready `seconds` after they were asked for."""
+
+    def __init__(self, clock: Clock, tokens: np.ndarray, ready: float) -> None:
+        self._clock, self._tokens, self._ready = clock, tokens, ready
+
+    def wait(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sleep until they are ready, without the interpreter's lock."""
+        self._clock.waiting.append(time.perf_counter())
+        left = self._ready - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+        logprobs = np.full(len(self._tokens), -1.0, np.float32)
+        self._clock.known.append(time.perf_counter())
+        return self._tokens, logprobs
+
+
+class FakeSampler(Sampler):
+    """Draws from a fixed stream of tokens."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        super().__init__(None, VOCAB)
+        self._clock, self._seconds = clock, seconds
+        self._stream = np.random.default_rng(0).integers(256, VOCAB, 1 << 20, dtype=np.int32)
+        self._at = 0
+
+    def begin(
+        self, logits: torch.Tensor, rows: np.ndarray, settings: SamplingRows, positions: np.ndarray
+    ) -> FakeTokens:
+        """See `Sampler.begin`."""
+        del logits, settings, positions
+        self._at = (self._at + 1000) % (1 << 19)
+        tokens = self._stream[self._at : self._at + len(rows)].copy()
+        return FakeTokens(self._clock, tokens, time.perf_counter() + self._seconds)
+
+
+class FakeTokenizer:
+    """Every token is a short word."""
+
+    special_ids: frozenset[int] = frozenset()
+
+    def stream(self) -> StreamDecoder:
+        """A real decoder of fake bytes."""
+        return StreamDecoder(self, self.special_ids)  # type: ignore[arg-type]
+
+    def get(self, token_id: int) -> bytes:
+        """Bytes of a token."""
+        return b" word" if token_id else b""
+
+
+class ModelFree(Engine):
+    """An Engine with everything but a model."""
+
+    def __init__(self, num_pages: int, seconds: float) -> None:
+        self.config = EngineConfig(max_branches=1_000_000)
+        self.core = make_core(num_pages, 16)
+        self.trace = Trace()
+        self.clock = Clock()
+        self._branches = {}
+        self._next_id = itertools.count(1).__next__
+        self._lock = threading.Lock()
+        sampler = FakeSampler(self.clock, seconds)
+        decoder = Decoder(
+            self.core, sampler, FakeTokenizer(), self.trace,  # type: ignore[arg-type]
+            eos_ids=[2], max_context=1 << 20, seed=0,
+        )  # fmt: skip
+        runner = FakeRunner(self.clock)
+        self._loop = StepLoop(self.core, runner, Scheduler(4096, 512), decoder, self.trace)
+
+    def root(self, num_tokens: int) -> Branch:
+        """A branch of `num_tokens` tokens, computed."""
+        handle, _ = self.core.create(np.arange(num_tokens, dtype=np.int32) % 1000)
+        branch = Branch(self, handle)
+        self._register(branch)
+        self._compute([branch])
+        return branch
+
+
+def measure(branches: int, args: argparse.Namespace) -> dict[str, float]:
+    """Medians over the steps of one job, in us."""
+    engine = ModelFree(branches * (args.tokens // 16 + 2) + 300, args.device_ms / 1e3)
+    forks = engine.root(4096).fork(branches)
+    clock = engine.clock
+    for stamps in (clock.launched, clock.returned, clock.waiting, clock.known):
+        stamps.clear()
+    params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=args.tokens)
+    heard: list[TokenEvent] = []
+    on_event = heard.append if args.listen else None
+    start = time.perf_counter()
+    engine._start(Job(forks, [params] * branches, on_event=on_event)).result()
+    total = time.perf_counter() - start
+    engine.close()
+    # The first tokens come from the logits of the root, without a forward pass.
+    critical = [b - a for a, b in zip(clock.known, clock.launched, strict=False)]
+    hidden = [b - a for a, b in zip(clock.returned, clock.waiting[1:], strict=False)]
+    return {
+        "critical": statistics.median(critical) * 1e6,
+        "critical_p90": statistics.quantiles(critical, n=10)[-1] * 1e6,
+        "hidden": statistics.median(hidden) * 1e6,
+        "step": total / args.tokens * 1e6,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print one line for each number of branches."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--branches", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--device-ms", type=float, default=0.0, help="time of a step on the device")
+    parser.add_argument("--listen", action="store_true", help="a callback hears every event")
+    parser.add_argument("--profile", action="store_true", help="profile the engine thread")
+    args = parser.parse_args(argv)
+    profile = cProfile.Profile()
+    if args.profile:
+        threading.setprofile(lambda *_: (sys.setprofile(None), profile.enable()))
+    for branches in args.branches:
+        row = measure(branches, args)
+        numbers = "  ".join(f"{name} {value:7.1f} us" for name, value in row.items())
+        sys.stdout.write(f"{branches:4d} branches  {numbers}\n")
+    if args.profile:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+
+
+if __name__ == "__main__":
+    main()
