@@ -1,9 +1,14 @@
-"""From logits to tokens: samples a batch of branches, appends, and decides who has ended."""
+"""From logits to tokens: samples a batch of branches, appends, and decides who has ended.
+
+A step has two halves. `begin` and `draw` are what the next forward pass waits for: sample, append,
+and find the lanes that end, with arrays over all lanes. `report` is what users wait for: text,
+events and results; with a device it runs while the device computes the next step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,37 +16,61 @@ import torch
 
 from dendrite_engine.errors import NumericError, OutOfPages, StaleBranch
 from dendrite_engine.jobs import Job
-from dendrite_engine.models.tokenizer import StreamDecoder, Tokenizer
-from dendrite_engine.sampling import Sampler, SamplerState
+from dendrite_engine.lanes import DecodingLane, LaneGroup
+from dendrite_engine.models.tokenizer import Tokenizer
+from dendrite_engine.sampling import PendingTokens, Sampler, SamplerState
 from dendrite_engine.sampling_params import SamplingParams
 from dendrite_engine.scheduler import Lane
 from dendrite_engine.trace import Trace
-from dendrite_engine.tree.branch import LogitsRow
 from dendrite_engine.types import FinishReason, TokenAlternative, TokenEvent
 
-_OUT_OF_PAGES, _STALE = 1, 2  # status codes of TreeCore.append_batch
+# Status codes of TreeCore.append_batch, and one more: there was no token to append.
+_OUT_OF_PAGES, _STALE, _CHANGED, _NOT_FINITE = 1, 2, 3, 4
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class DecodingLane(Lane):
-    """A lane that generates tokens.
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Tokens of a group that are being sampled.
 
     Attributes:
-        sampler: sampling state.
-        decoder: streaming detokeniser.
-        generated: tokens generated so far in this job.
-        tail: the last characters generated, for stop strings.
+        group: the lanes.
+        held: tokens that each branch held when its logits were computed, i32 [n].
+        tokens: what comes out of it.
+        top: (ids, log-probabilities) of the alternatives of the lanes that report any, or None.
     """
 
-    sampler: SamplerState
-    decoder: StreamDecoder
-    generated: int = 0
-    tail: str = ""
+    group: LaneGroup
+    held: np.ndarray
+    tokens: PendingTokens
+    top: PendingTokens | None
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Tokens that were appended and are not reported yet.
+
+    Attributes:
+        lanes: the lanes that got a token.
+        tokens: i32 [n], logprobs f32 [n].
+        logprobs: see tokens.
+        reasons: row -> why it ended with this token.
+        texts: row -> text of the token, where it had to be known to decide.
+        top: row -> (ids, log-probabilities) of the most likely tokens.
+        refused: lanes that got none and end.
+    """
+
+    lanes: Sequence[DecodingLane]
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    reasons: dict[int, FinishReason] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    top: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    refused: list[tuple[DecodingLane, FinishReason, Exception]] = field(default_factory=list)
 
     @property
-    def params(self) -> SamplingParams:
-        """How this lane samples."""
-        return self.sampler.params
+    def ended(self) -> set[Lane]:
+        """Lanes that do not go on."""
+        return {self.lanes[row] for row in self.reasons} | {lane for lane, _, _ in self.refused}
 
 
 class Decoder:
@@ -64,7 +93,8 @@ class Decoder:
     ) -> None:
         self._core, self._sampler = core, sampler
         self._tokenizer, self._trace = tokenizer, trace
-        self._eos_ids = frozenset(eos_ids)
+        self._is_eos = np.zeros(sampler.vocab_size, bool)
+        self._is_eos[[token for token in eos_ids if token < sampler.vocab_size]] = True
         self._max_context, self._seed = max_context, seed
         self.tokens_generated = 0
 
@@ -92,73 +122,162 @@ class Decoder:
             logprobs = self._core.logprobs(lane.handle)
         except StaleBranch:
             return  # the step that follows ends the lane as stale
-        lane.sampler.context_ids = set(ids.tolist())
-        for token_id in ids[~np.isnan(logprobs)].tolist():
-            lane.sampler.counts[token_id] = lane.sampler.counts.get(token_id, 0) + 1
+        size = min(len(ids), len(logprobs))  # it may grow in between
+        lane.sampler.load(ids[:size], ~np.isnan(logprobs[:size]))
 
-    def top(self, logits: LogitsRow, k: int) -> list[TokenAlternative]:
-        """The k most likely next tokens."""
-        ids, values = self._sampler.top(logits.tensor[logits.row][None], k)
-        return self._alternatives(ids[0], values[0])
+    def top(self, logits: torch.Tensor, rows: np.ndarray, k: int) -> list[list[TokenAlternative]]:
+        """The k most likely next tokens of the rows i64 [n] of logits fp32 [R, vocab]."""
+        ids, values = self._sampler.begin_top(logits, rows, k).wait()
+        return [self._alternatives(*row) for row in zip(ids, values, strict=True)]
 
-    def sample(
-        self,
-        lanes: Sequence[DecodingLane],
-        rows: Sequence[LogitsRow],
-        close: Callable[[Lane], None],
-    ) -> None:
-        """Draw, append and report one token for each lane; `close` is called on those done."""
-        logits = _gather(rows)
-        states = [lane.sampler for lane in lanes]
-        tokens, logprobs = self._sampler.sample(logits, states, [row.num_tokens for row in rows])
-        wanted = max(lane.params.logprobs for lane in lanes)
-        top = self._sampler.top(logits, wanted) if wanted else None
-        handles = np.array([lane.handle for lane in lanes], np.int64)
-        good = np.flatnonzero(tokens >= 0)
-        status = np.full(len(lanes), -1, np.int64)
-        status[good] = self._core.append_batch(
-            handles[good], tokens[good].astype(np.int32), logprobs[good].astype(np.float32)
-        )
-        for i, lane in enumerate(lanes):
-            if status[i] == 0:
-                alternatives = () if top is None else self._alternatives(top[0][i], top[1][i])
-                done = self._accept(lane, int(tokens[i]), float(logprobs[i]), tuple(alternatives))
-            else:
-                done = self._refuse(lane, int(status[i]))
-            if done:
-                close(lane)
+    # -- what the next forward pass waits for -------------------------------------------------
+
+    def begin(
+        self, group: LaneGroup, logits: torch.Tensor, rows: np.ndarray, held: np.ndarray
+    ) -> Launch:
+        """Start sampling one token for each lane.
+
+        Args:
+            group: the lanes.
+            logits: fp32 [R, vocab].
+            rows: row of each lane in logits, i64 [n].
+            held: tokens that each branch held when they were computed, i32 [n].
+        """
+        top = None
+        if len(group.with_top):
+            top = self._sampler.begin_top(logits, rows[group.with_top], group.num_top)
+        tokens = self._sampler.begin(logits, rows, group.settings, held)
+        return Launch(group, held, tokens, top)
+
+    def draw(self, launch: Launch) -> Drawn:
+        """Wait for the tokens, append them and decide which lanes have ended.
+
+        A branch that changed since its logits were computed gets no token and goes on.
+        """
+        group, held = launch.group, launch.held
+        tokens, logprobs = launch.tokens.wait()
+        top = {} if launch.top is None else _rows(group.with_top, *launch.top.wait())
+        if tokens.min() >= 0:
+            status = self._core.append_batch(group.handles, tokens, logprobs, held)
+        else:
+            status = np.full(len(tokens), _NOT_FINITE, np.uint8)
+            good = np.flatnonzero(tokens >= 0)
+            status[good] = self._core.append_batch(
+                group.handles[good], tokens[good], logprobs[good], held[good]
+            )
+        if not status.any():
+            return self._accept(group, tokens, logprobs, held, top)
+        good = np.flatnonzero(status == 0)
+        some = group.take(good)
+        top = {row: top[old] for row, old in enumerate(good.tolist()) if old in top}
+        drawn = self._accept(some, tokens[good], logprobs[good], held[good], top)
+        group.left[good] = some.left
+        for row in np.flatnonzero(status).tolist():
+            self._refuse(drawn, group, row, int(status[row]))
+        return drawn
 
     def _accept(
-        self, lane: DecodingLane, token: int, logprob: float, top: tuple[TokenAlternative, ...]
-    ) -> bool:
-        """Report a token that was appended; True when the lane has ended."""
-        self.tokens_generated += 1
-        lane.generated += 1
-        lane.sampler.accept(token)
-        data = {"tokens": [token], "logprobs": [logprob], "forced": False}
-        self._trace.append("extend", lane.branch.id, data)
-        text = lane.decoder.push(token)
-        reason = self._finish_reason(lane, token, text)
-        if reason is not None:
-            text += lane.decoder.finish()
-        top = top[: lane.params.logprobs]
-        event = TokenEvent(lane.branch, token, text, logprob, top, reason)
-        lane.job.deliver(lane.index, event)
-        if reason is not None:
-            self._log_end(lane, reason)
-        return reason is not None
+        self,
+        group: LaneGroup,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        held: np.ndarray,
+        top: dict[int, tuple[np.ndarray, np.ndarray]],
+    ) -> Drawn:
+        """Account for appended tokens."""
+        if len(tokens):
+            self._trace.append_tokens(group.ids, tokens, logprobs)
+        self.tokens_generated += len(tokens)
+        group.left -= 1
+        for row in group.with_penalties:
+            group.lanes[row].sampler.accept(int(tokens[row]))
+        drawn = Drawn(group.lanes, tokens, logprobs, top=top)
+        self._find_ended(drawn, group, held)
+        return drawn
 
-    def _refuse(self, lane: DecodingLane, status: int) -> bool:
-        """Report why no token could be appended; the lane has ended."""
+    def _find_ended(self, drawn: Drawn, group: LaneGroup, held: np.ndarray) -> None:
+        """Fill `reasons`; of several the first counts: eos, stop, length, context_full."""
+        causes: tuple[tuple[np.ndarray | None, FinishReason], ...] = (
+            (self._is_eos.take(drawn.tokens) & group.ends_on_eos, "eos"),
+            (self._stopped(drawn, group), "stop"),
+            (group.left <= 0, "length"),
+            (held >= self._max_context - 1, "context_full"),
+        )
+        for ended, reason in causes:
+            if ended is not None and ended.any():
+                for row in np.flatnonzero(ended).tolist():
+                    drawn.reasons.setdefault(row, reason)
+
+    def _stopped(self, drawn: Drawn, group: LaneGroup) -> np.ndarray | None:
+        """Which rows end by a stop id or a stop string, bool [n]."""
+        if group.stop_ids is None and not group.with_stop_texts:
+            return None
+        stopped = np.zeros(len(group), bool)
+        if group.stop_ids is not None:
+            rows, ids = group.stop_ids
+            stopped[rows[drawn.tokens[rows] == ids]] = True
+        for row in group.with_stop_texts:
+            lane = group.lanes[row]
+            text = drawn.texts[row] = lane.decoder.push(int(drawn.tokens[row]))
+            lane.tail += text
+            if text and any(stop in lane.tail for stop in lane.params.stop):
+                stopped[row] = True
+            lane.tail = lane.tail[-max(map(len, lane.params.stop)) :]
+        return stopped
+
+    def _refuse(self, drawn: Drawn, group: LaneGroup, row: int, status: int) -> None:
+        """A lane that got no token: it ends, unless its branch only changed."""
+        lane = group.lanes[row]
         branch_id = lane.branch.id
+        if status == _CHANGED:
+            if lane.params.has_penalties:
+                self._load_context(lane)
+            return
         if status == _OUT_OF_PAGES:
-            self.end(lane, "out_of_pages", self._out_of_pages(lane))
+            generated = lane.params.max_tokens - int(group.left[row])
+            drawn.refused.append((lane, "out_of_pages", self._out_of_pages(lane, generated)))
         elif status == _STALE:
-            self.end(lane, "stale", StaleBranch(f"branch {branch_id} was pruned"))
+            error = StaleBranch(f"branch {branch_id} was pruned")
+            drawn.refused.append((lane, "stale", error))
         else:
-            error = NumericError(f"branch {branch_id}: the model's logits are not finite")
-            self.end(lane, "numeric_error", error)
-        return True
+            no_token = NumericError(f"branch {branch_id}: the model's logits are not finite")
+            drawn.refused.append((lane, "numeric_error", no_token))
+
+    def _out_of_pages(self, lane: Lane, generated: int) -> OutOfPages:
+        counts = self._core.stats()
+        return OutOfPages(
+            1,
+            counts["pages_free"],
+            counts["pages_cached"],
+            counts["pages_live"],
+            counts["pages_total"],
+            f"branch {lane.branch.id} ended after {generated} generated tokens",
+        )
+
+    # -- what users wait for ------------------------------------------------------------------
+
+    def report(self, drawn: Drawn, close: Callable[[Lane], None]) -> None:
+        """Tell the jobs about their tokens; `close` is called on lanes that have ended."""
+        reasons, texts, top = drawn.reasons, drawn.texts, drawn.top
+        rows = zip(drawn.lanes, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True)
+        for row, (lane, token, logprob) in enumerate(rows):
+            text = texts[row] if row in texts else lane.decoder.push(token)
+            if row not in reasons and not lane.job.listens:
+                lane.job.record(lane.index, token, text, logprob)
+                continue
+            reason = reasons.get(row)
+            if reason is not None:
+                text += lane.decoder.finish()
+            likely = self._alternatives(*top[row]) if row in top else []
+            likely = likely[: lane.params.logprobs]
+            event = TokenEvent(lane.branch, token, text, logprob, tuple(likely), reason)
+            lane.job.deliver(lane.index, event)
+            if reason is not None:
+                self._log_end(lane, reason)
+                close(lane)
+        for lane, reason, error in drawn.refused:
+            self.end(lane, reason, error)
+            close(lane)
 
     def end(self, lane: Lane, reason: FinishReason, error: Exception | None = None) -> None:
         """Report the end of a lane that got no further token."""
@@ -177,53 +296,13 @@ class Decoder:
     def _log_end(self, lane: Lane, reason: FinishReason) -> None:
         self._trace.append("job", lane.branch.id, {"state": "finish", "reason": reason})
 
-    def _finish_reason(self, lane: DecodingLane, token: int, text: str) -> FinishReason | None:
-        params = lane.params
-        if token in self._eos_ids and not params.ignore_eos:
-            return "eos"
-        if token in params.stop_token_ids:
-            return "stop"
-        if params.stop and text:
-            lane.tail += text
-            if any(stop in lane.tail for stop in params.stop):
-                return "stop"
-            lane.tail = lane.tail[-max(map(len, params.stop)) :]
-        if lane.generated >= params.max_tokens:
-            return "length"
-        if self._held(lane) >= self._max_context:
-            return "context_full"
-        return None
-
-    def _held(self, lane: Lane) -> int:
-        try:
-            held: int = self._core.num_tokens(lane.handle)
-        except StaleBranch:
-            return 0  # pruned this moment: the next step ends the lane
-        return held
-
     def _alternatives(self, ids: np.ndarray, values: np.ndarray) -> list[TokenAlternative]:
         piece = self._tokenizer.piece
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
         return [TokenAlternative(token, piece(token), value) for token, value in pairs]
 
-    def _out_of_pages(self, lane: DecodingLane) -> OutOfPages:
-        counts = self._core.stats()
-        return OutOfPages(
-            1,
-            counts["pages_free"],
-            counts["pages_cached"],
-            counts["pages_live"],
-            counts["pages_total"],
-            f"branch {lane.branch.id} ended after {lane.generated} generated tokens",
-        )
 
-
-def _gather(rows: Sequence[LogitsRow]) -> torch.Tensor:
-    """The rows as one fp32 [R, vocab]; no copy when they already are, in order."""
-    first = rows[0].tensor
-    indices = [row.row for row in rows]
-    if all(row.tensor is first for row in rows):
-        if indices == list(range(first.shape[0])):
-            return first
-        return first.index_select(0, torch.tensor(indices))
-    return torch.stack([row.tensor[row.row] for row in rows])
+def _rows(
+    rows: np.ndarray, ids: np.ndarray, values: np.ndarray
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    return {row: (ids[i], values[i]) for i, row in enumerate(rows.tolist())}

@@ -45,7 +45,7 @@ class Job:
         self._completions = [Completion(branch) for branch in self.branches]
         self._on_event = on_event
         self._finished = threading.Event()
-        self._cancelled = threading.Event()
+        self._cancelled = False
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[Job], None]] = []
 
@@ -57,11 +57,11 @@ class Job:
     @property
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
-        return self._cancelled.is_set()
+        return self._cancelled
 
     def cancel(self) -> None:
         """Ask the engine to end the job after the step in flight; its branches stay usable."""
-        self._cancelled.set()
+        self._cancelled = True
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the job is done; False when `timeout` seconds passed first."""
@@ -91,6 +91,18 @@ class Job:
 
     # -- engine side --------------------------------------------------------------------------
 
+    @property
+    def listens(self) -> bool:
+        """Whether someone hears each event; else only the completions count."""
+        return self._on_event is not None
+
+    def record(self, index: int, token_id: int, text: str, logprob: float) -> None:
+        """`deliver` of a token that does not end its branch, where nobody listens."""
+        completion = self._completions[index]
+        completion.token_ids.append(token_id)
+        completion.logprobs.append(logprob)
+        completion.text += text
+
     def deliver(self, index: int, event: TokenEvent) -> None:
         """Record one event of the branch at `index` and pass it on."""
         completion = self._completions[index]
@@ -111,12 +123,22 @@ class Job:
             self.cancel()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Mark the job done and run its callbacks."""
+        """Mark the job done and run its callbacks, all of them; raises what the first one raised
+        that failed.
+        """
         with self._lock:
             if self._finished.is_set():
                 return
             self.error = self.error or error
             self._finished.set()
             callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
+        raised = [failure for callback in callbacks if (failure := self._run(callback))]
+        if raised:
+            raise raised[0]
+
+    def _run(self, callback: Callable[[Job], None]) -> Exception | None:
+        try:
             callback(self)
+        except Exception as error:
+            return error
+        return None

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import queue
-import statistics
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
+import numpy as np
 
 from dendrite_engine.cache.pages import PageGuard
-from dendrite_engine.decoding import Decoder, DecodingLane
+from dendrite_engine.decoding import Decoder, Launch
 from dendrite_engine.errors import EngineClosed, StaleBranch
+from dendrite_engine.forward import Flight, ForwardPass, gather_rows
 from dendrite_engine.jobs import Job
-from dendrite_engine.runner import ModelRunner
+from dendrite_engine.lanes import DecodingLane, LaneGroup, Roster
+from dendrite_engine.runner import Runner
 from dendrite_engine.scheduler import Lane, Scheduler
 from dendrite_engine.trace import Trace
 from dendrite_engine.tree.branch import Branch, LogitsRow
@@ -24,31 +27,52 @@ from dendrite_engine.types import FinishReason
 _KEPT_LOGITS = 256  # branches that keep logits between jobs; older ones recompute one row
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a forward pass that was launched is going to give.
+
+    Attributes:
+        launch: tokens of the decoding lanes that it finishes; None when there are none.
+        places: places of these lanes in the group, i64 [n]; None for the whole group.
+        probes: finished lanes that only want logits: (lane, row in logits, tokens held).
+    """
+
+    launch: Launch | None
+    places: np.ndarray | None
+    probes: Sequence[tuple[Lane, LogitsRow]]
+
+
 class StepLoop:
     """Owns model and pages on one thread, and turns jobs into steps.
 
     Everything reaches it through one queue that is read between steps, so a request waits for at
     most the step in flight.
+
+    With a runner that returns before the device is done (`is_async`) a step is: launch the forward
+    pass and the sampling behind it, report the tokens of the step before, wait for the new ones,
+    append them. So nothing but appending, choosing and planning lies between two forward passes.
     """
 
     def __init__(
         self,
         core: Any,
-        runner: ModelRunner,
+        runner: Runner,
         scheduler: Scheduler,
         decoder: Decoder,
         trace: Trace,
         guard: PageGuard | None = None,
     ) -> None:
-        self._core, self._runner, self._scheduler = core, runner, scheduler
-        self._decoder, self._trace, self._guard = decoder, trace, guard
+        self._core, self._scheduler = core, scheduler
+        self._decoder, self._trace = decoder, trace
+        self._forward = ForwardPass(core, runner, trace, guard)
         self._inbox: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
-        self._lanes: list[Lane] = []
-        self._open_lanes: dict[Job, int] = {}
+        self._open: dict[Job, set[Lane]] = {}
+        self._fresh: list[Lane] = []  # just came; their logits may be there already
+        self._roster = Roster()
+        self._reports: deque[Callable[[], None]] = deque()
         self._kept: deque[Branch] = deque()
         self._arrivals = 0
         self._closed = threading.Event()
-        self.step_ms: deque[float] = deque(maxlen=256)
         self._thread = threading.Thread(target=self._run, name="dendrite-engine", daemon=True)
         self._thread.start()
 
@@ -103,35 +127,36 @@ class StepLoop:
     @property
     def jobs_running(self) -> int:
         """Jobs that have branches still running."""
-        return len(self._open_lanes)
+        return len(self._open)
+
+    @property
+    def step_ms(self) -> deque[float]:
+        """Times of the last forward passes, in ms."""
+        return self._forward.step_ms
 
     @property
     def median_step_ms(self) -> float:
         """Median time of the last forward passes, in ms; 0 before the first."""
-        recent = list(self.step_ms)
-        return statistics.median(recent) if recent else 0.0
+        return self._forward.median_ms
 
     # -- engine thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            self._receive(block=not self._lanes)
+            self._receive(block=not self._open)
             if self._closed.is_set():
                 break
             try:
                 self._step()
             except Exception as error:  # whatever a step raises belongs to its jobs
-                self._fail_all(error)
+                self._fail_all(self._forward.diagnose(error))
         self._receive(block=False)
         self._fail_all(EngineClosed("the engine was closed while the job ran"))
 
     def _receive(self, *, block: bool) -> None:
         """Take everything from the inbox; wait for the first item when there is nothing to do."""
-        while True:
-            try:
-                item = self._inbox.get(block=block)
-            except queue.Empty:
-                return
+        while block or not self._inbox.empty():
+            item = self._inbox.get()
             block = False
             if isinstance(item, Job):
                 self._admit(item)
@@ -140,32 +165,62 @@ class StepLoop:
 
     def _admit(self, job: Job) -> None:
         if not job.branches:
-            job.finish()
+            self._finish(job)
             return
-        self._open_lanes[job] = len(job.branches)
         self._trace.append("job", 0, {"state": "start", "branches": [b.id for b in job.branches]})
+        lanes = self._open[job] = set()
         for index, branch in enumerate(job.branches):
             self._arrivals += 1
             if job.params is None:
-                self._lanes.append(Lane(job, index, branch, branch._handle, self._arrivals))
+                lane = Lane(job, index, branch, branch._handle, self._arrivals)
             else:
-                params = job.params[index]
-                self._lanes.append(self._decoder.open_lane(job, index, params, self._arrivals))
+                lane = self._decoder.open_lane(job, index, job.params[index], self._arrivals)
+            lanes.add(lane)
+            self._fresh.append(lane)
 
     def _step(self) -> None:
         """Sample what can be sampled, compute what is missing, sample again."""
-        for lane in [lane for lane in self._lanes if lane.job.cancelled]:
-            self._end(lane, "cancelled")
-        self._advance(self._lanes)
-        waiting = [lane for lane in self._lanes if self._logits(lane) is None]
-        if waiting:
-            self._forward(waiting)
-            self._advance([lane for lane in waiting if not lane.job.done])
+        self._end_cancelled()
+        if self._fresh:
+            self._begin_fresh()
+        if not self._forward.is_async:
+            self._report()
+        step = self._launch()
+        self._report()
+        if step is not None:
+            self._land(step)
+        if not self._forward.is_async or not len(self._roster):
+            self._report()
+
+    def _end_cancelled(self) -> None:
+        if any(job.cancelled for job in self._open):
+            lanes = (*self._roster.waiting.lanes, *self._fresh)
+            self._end({lane: None for lane in lanes if lane.job.cancelled}, "cancelled")
+
+    # -- lanes whose logits are there already -------------------------------------------------
+
+    def _begin_fresh(self) -> None:
+        """Advance lanes that came with logits; all that go on wait for a forward pass."""
+        fresh, self._fresh = self._fresh, []
+        ready = {lane: row for lane in fresh if (row := self._logits(lane)) is not None}
+        decoding = [lane for lane in fresh if isinstance(lane, DecodingLane)]
+        probes = [lane for lane in fresh if not isinstance(lane, DecodingLane)]
+        self._finish_probes([(lane, ready[lane]) for lane in probes if lane in ready])
+        self._roster.add(LaneGroup.of(decoding), [lane for lane in probes if lane not in ready])
+        offset = len(self._roster.group) - len(decoding)
+        places = np.array([i for i, lane in enumerate(decoding) if lane in ready], np.int64)
+        if len(places):
+            group = self._roster.group.take(places + offset)
+            rows = [ready[lane] for lane in group.lanes]
+            held = np.array([row.num_tokens for row in rows], np.int32)
+            self._draw(self._decoder.begin(group, *gather_rows(rows), held), places + offset)
+            for lane in group.lanes:  # they belong to the text without the token
+                lane.branch._logits = None
 
     def _logits(self, lane: Lane) -> LogitsRow | None:
         """The lane's next-token logits, when they belong to what the branch holds now."""
         logits = lane.branch._logits
-        if logits is None:
+        if logits is None or not logits.is_current:
             return None
         try:
             held = self._core.num_tokens(lane.handle)
@@ -173,60 +228,77 @@ class StepLoop:
             return None
         return logits if logits.num_tokens == held else None
 
-    def _forward(self, waiting: list[Lane]) -> None:
-        selection = self._scheduler.next_batch(waiting, self._core)
-        for lane in selection.stale:
-            self._end(lane, "stale", StaleBranch(f"branch {lane.branch.id} was pruned"))
-        if not selection.lanes:
-            return
-        try:
-            plan = self._core.plan(selection.handles, selection.quotas)
-        except StaleBranch:
-            return  # pruned since it was chosen: the next step ends its lane
-        if plan.num_tokens == 0:
-            plan.cancel()
-            return
-        self._guard_before()
-        try:
-            logits, rows = self._runner.run(plan)
-        except BaseException:
-            plan.cancel()
-            raise
-        if len(plan.copies):
-            self._trace.append("copy", 0, {"pages": plan.copies.tolist()})
-        plan.commit()
-        self._guard_after()
-        self.step_ms.append(self._runner.last_ms)
-        for lane, row in zip(selection.lanes, rows.tolist(), strict=True):
-            if row >= 0:
-                self._store_logits(lane, logits, row)
+    # -- one forward pass ---------------------------------------------------------------------
 
-    def _store_logits(self, lane: Lane, logits: torch.Tensor, row: int) -> None:
-        try:
-            held = self._core.num_tokens(lane.handle)
-        except StaleBranch:
-            return
-        lane.branch._logits = LogitsRow(held, logits, row)
+    def _launch(self) -> _Step | None:
+        """Start a forward pass over the lanes that wait, and the sampling that follows it."""
+        while len(self._roster):
+            selection = self._scheduler.next_batch(self._roster.waiting, self._core)
+            if not selection.stale:
+                # None: pruned since they were chosen; the next step ends such lanes.
+                flight = self._forward.launch(selection)
+                return None if flight is None else self._begin(flight)
+            for lane in selection.stale:
+                error = StaleBranch(f"branch {lane.branch.id} was pruned")
+                self._end({lane: error}, "stale")
+        return None
 
-    def _advance(self, lanes: list[Lane]) -> None:
-        """Lanes with logits: sample the next token, or finish those that only wanted logits."""
-        ready = [(lane, row) for lane in lanes if (row := self._logits(lane)) is not None]
+    def _begin(self, flight: Flight) -> _Step:
+        """Start sampling for the decoding lanes whose logits the forward pass gives."""
+        roster, rows, held = self._roster, flight.rows, flight.held
+        if flight.chosen is not None or roster.probes or rows.min() < 0:
+            return self._begin_some(flight)
+        order = roster.order_by(rows)
+        if order is not None:
+            rows, held = rows[order], held[order]
+        launch = self._decoder.begin(roster.group, flight.logits, rows, held)
+        return _Step(launch, None, ())
+
+    def _begin_some(self, flight: Flight) -> _Step:
+        """`_begin` where not just the whole group gets logits."""
+        roster, rows, held = self._roster, flight.rows, flight.held
+        size = len(roster.group)
+        places = np.arange(len(rows)) if flight.chosen is None else flight.chosen
+        mine = np.flatnonzero((rows >= 0) & (places < size))
+        launch: Launch | None = None
+        if len(mine):
+            group = roster.group.take(places[mine])
+            launch = self._decoder.begin(group, flight.logits, rows[mine], held[mine])
+        probes = [
+            (roster.probes[places[i] - size], LogitsRow(int(held[i]), flight.logits, int(rows[i])))
+            for i in np.flatnonzero((rows >= 0) & (places >= size)).tolist()
+        ]
+        return _Step(launch, places[mine], probes)
+
+    def _land(self, step: _Step) -> None:
+        """Wait for what a forward pass gives, and hand it to the lanes."""
+        if step.launch is not None:
+            self._draw(step.launch, step.places)
+        self._finish_probes(step.probes, keep=False)
+
+    def _draw(self, launch: Launch, places: np.ndarray | None) -> None:
+        """Give lanes their tokens; those that end with it leave, and all are reported later."""
+        drawn = self._decoder.draw(launch)
+        if places is not None:
+            self._roster.group.left[places] = launch.group.left
+        if drawn.reasons or drawn.refused:
+            self._roster.remove(drawn.ended)
+        self._reports.append(partial(self._decoder.report, drawn, self._close))
+
+    def _finish_probes(self, ready: Sequence[tuple[Lane, LogitsRow]], *, keep: bool = True) -> None:
+        """End lanes that only wanted logits; `keep`: the logits may stay where they are."""
+        wanted = [(lane, row) for lane, row in ready if lane.job.top_k]
+        if wanted:
+            k = max(lane.job.top_k for lane, _ in wanted)
+            top = self._decoder.top(*gather_rows([row for _, row in wanted]), k)
+            for (lane, _), likely in zip(wanted, top, strict=True):
+                lane.job.alternatives[lane.index] = likely[: lane.job.top_k]
         for lane, row in ready:
-            if not isinstance(lane, DecodingLane):
-                self._finish_logits(lane, row)
-        decoding = [(lane, row) for lane, row in ready if isinstance(lane, DecodingLane)]
-        if decoding:
-            decoding_lanes, rows = zip(*decoding, strict=True)
-            self._decoder.sample(decoding_lanes, rows, self._close)
-
-    def _finish_logits(self, lane: Lane, logits: LogitsRow) -> None:
-        if lane.job.top_k:
-            lane.job.alternatives[lane.index] = self._decoder.top(logits, lane.job.top_k)
-        if logits.tensor.shape[0] > 1:  # do not keep the other rows of the step alive
-            row = logits.tensor[logits.row].clone()[None]
-            lane.branch._logits = LogitsRow(logits.num_tokens, row, 0)
-        self._keep(lane.branch)
-        self._end(lane, "length")
+            if not keep or row.tensor.shape[0] > 1:  # do not keep the other rows of the step alive
+                copy = row.tensor[row.row].clone()[None]
+                lane.branch._logits = LogitsRow(row.num_tokens, copy, 0)
+            self._keep(lane.branch)
+        self._end({lane: None for lane, _ in ready}, "length")
 
     def _keep(self, branch: Branch) -> None:
         self._kept.append(branch)
@@ -235,44 +307,56 @@ class StepLoop:
             if old not in self._kept and not old._busy:
                 old._logits = None
 
-    def _end(self, lane: Lane, reason: FinishReason, error: Exception | None = None) -> None:
-        """End a lane without a new token."""
+    # -- the end of lanes and jobs ------------------------------------------------------------
+
+    def _end(self, lanes: dict[Lane, Exception | None], reason: FinishReason) -> None:
+        """End lanes without a new token; that is reported after what they were given before."""
+        if not lanes:
+            return
+        self._roster.remove(lanes)
+        self._fresh = [lane for lane in self._fresh if lane not in lanes]
+        for lane, error in lanes.items():
+            self._reports.append(partial(self._tell_end, lane, reason, error))
+
+    def _tell_end(self, lane: Lane, reason: FinishReason, error: Exception | None) -> None:
         self._decoder.end(lane, reason, error)
         self._close(lane)
 
+    def _report(self) -> None:
+        """Tell jobs what happened since the last call."""
+        while self._reports:
+            self._reports.popleft()()
+
     def _close(self, lane: Lane) -> None:
-        self._lanes.remove(lane)
         lane.branch._busy = False
-        left = self._open_lanes[lane.job] - 1
-        if left:
-            self._open_lanes[lane.job] = left
+        lanes = self._open[lane.job]
+        lanes.discard(lane)
+        if lanes:
             return
-        del self._open_lanes[lane.job]
+        del self._open[lane.job]
         ids = [branch.id for branch in lane.job.branches]
         self._trace.append("job", 0, {"state": "finish", "branches": ids})
-        lane.job.finish()
+        self._finish(lane.job)
+
+    def _finish(self, job: Job, error: BaseException | None = None) -> None:
+        self._guarded(partial(job.finish, error))  # a user's callback must not stop the engine
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._trace.append("error", 0, {"error": f"{type(error).__name__}: {error}"})
 
     def _fail_all(self, error: BaseException) -> None:
         """A step failed as a whole: end every running job with the error; the tree is unchanged."""
+        while self._reports:  # tokens that branches hold already are not taken back
+            self._guarded(self._reports.popleft())
         if not isinstance(error, EngineClosed):
             self._trace.append("error", 0, {"error": f"{type(error).__name__}: {error}"})
-        for lane in self._lanes:
-            lane.branch._busy = False
-        jobs = list(self._open_lanes)
-        self._lanes.clear()
-        self._open_lanes.clear()
+        jobs, self._open = self._open, {}
+        self._roster, self._fresh = Roster(), []
+        for lanes in jobs.values():
+            for lane in lanes:
+                lane.branch._busy = False
         for job in jobs:
-            job.finish(error)
-
-    def _guard_before(self) -> None:
-        if self._guard is not None:
-            taken, freed, _ = self._core.debug_events()
-            self._guard.before_step(taken, freed, self._core.debug_unsealed())
-
-    def _guard_after(self) -> None:
-        if self._guard is not None:
-            taken, freed, sealed = self._core.debug_events()
-            # Pages that changed hands while the step ran were not written by it for their new
-            # holder.
-            self._guard.before_step(taken, freed, [])
-            self._guard.after_step([page for page in sealed if page not in {*taken, *freed}])
+            self._finish(job, error)

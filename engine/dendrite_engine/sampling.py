@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +40,22 @@ def uniform(seed: int, path_key: int, position: int) -> float:
     return (mix64(mix64(seed & _MASK) ^ mix64(path_key ^ mix64(position))) >> 11) * 2.0**-53
 
 
+def _mix64(values: np.ndarray) -> np.ndarray:
+    """`mix64` of each of u64 [n]."""
+    values = values + np.uint64(_GOLDEN)  # wraps, as every step here
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values
+
+
+def uniform_rows(seeds: np.ndarray, path_keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """`uniform` of each row: u64 [n], u64 [n] and integers [n] to f64 [n]."""
+    mixed = _mix64(_mix64(seeds) ^ _mix64(path_keys ^ _mix64(positions.astype(np.uint64))))
+    draws: np.ndarray = (mixed >> np.uint64(11)) * 2.0**-53
+    return draws
+
+
 @dataclass(slots=True)
 class SamplerState:
     """What one generating branch needs between tokens.
@@ -63,82 +80,190 @@ class SamplerState:
             self.counts[token_id] = self.counts.get(token_id, 0) + 1
             self.context_ids.add(token_id)
 
+    def load(self, token_ids: np.ndarray, generated: np.ndarray) -> None:
+        """Start from what a branch holds: all ids, and which were generated (bool), both [n]."""
+        self.context_ids = set(token_ids.tolist())
+        ids, counts = np.unique(token_ids[generated], return_counts=True)
+        self.counts = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+
+_FLOATS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+class SamplingRows:
+    """How a set of rows is sampled, as arrays that serve every step of the same rows.
+
+    Attributes:
+        floats: f32 [6, R]: temperature, top_p, min_p and the penalties repetition, presence,
+            frequency.
+        top_k: i32 [R].
+        seeds, path_keys: u64 [R].
+        special: rows with penalties or a logit bias, and their states.
+    """
+
+    def __init__(
+        self,
+        floats: np.ndarray,
+        top_k: np.ndarray,
+        seeds: np.ndarray,
+        path_keys: np.ndarray,
+        special: dict[int, SamplerState],
+    ) -> None:
+        self.floats, self.top_k = floats, top_k
+        self.seeds, self.path_keys = seeds, path_keys
+        self.special = special
+
+    @classmethod
+    def of(cls, states: Sequence[SamplerState]) -> SamplingRows:
+        """Arrays of these states. O(R)."""
+        floats = [[getattr(state.params, name) for state in states] for name in _FLOATS]
+        return cls(
+            np.array(floats, np.float32),
+            np.array([state.params.top_k for state in states], np.int32),
+            np.array([state.seed & _MASK for state in states], np.uint64),
+            np.array([state.path_key for state in states], np.uint64),
+            {i: s for i, s in enumerate(states) if s.params.has_penalties or s.params.logit_bias},
+        )
+
+    def __len__(self) -> int:
+        return len(self.top_k)
+
+    def take(self, rows: np.ndarray) -> SamplingRows:
+        """The rows i64 [n] of these, in this order; O(n)."""
+        special: dict[int, SamplerState] = {}
+        if self.special:
+            known = self.special
+            special = {i: known[row] for i, row in enumerate(rows.tolist()) if row in known}
+        return SamplingRows(
+            self.floats.take(rows, axis=1),
+            self.top_k.take(rows),
+            self.seeds.take(rows),
+            self.path_keys.take(rows),
+            special,
+        )
+
+    def joined(self, other: SamplingRows) -> SamplingRows:
+        """These rows and then those of `other`."""
+        special = {len(self) + row: state for row, state in other.special.items()}
+        return SamplingRows(
+            np.concatenate((self.floats, other.floats), axis=1),
+            np.concatenate((self.top_k, other.top_k)),
+            np.concatenate((self.seeds, other.seeds)),
+            np.concatenate((self.path_keys, other.path_keys)),
+            {**self.special, **special},
+        )
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether any row needs a random number."""
+        return bool((self.floats[0] > 0).any())
+
+    @cached_property
+    def bias(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logit biases: indptr i32 [R + 1], ids i32, values f32."""
+        lengths = np.zeros(len(self) + 1, np.int32)
+        ids: list[int] = []
+        values: list[float] = []
+        for row, state in self.special.items():
+            pairs = sorted((state.params.logit_bias or {}).items())
+            lengths[row + 1] = len(pairs)
+            ids += [token_id for token_id, _ in pairs]
+            values += [value for _, value in pairs]
+        indptr = np.cumsum(lengths, dtype=np.int32)
+        return indptr, np.array(ids, np.int32), np.array(values, np.float32)
+
+    def penalties(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens seen so far in rows with penalties: indptr i32 [R + 1], ids i32, counts i32."""
+        lengths = np.zeros(len(self) + 1, np.int32)
+        ids: list[int] = []
+        counts: list[int] = []
+        for row, state in self.special.items():
+            if state.params.has_penalties:
+                seen = sorted(state.context_ids)
+                lengths[row + 1] = len(seen)
+                ids += seen
+                counts += [state.counts.get(token_id, 0) for token_id in seen]
+        indptr = np.cumsum(lengths, dtype=np.int32)
+        return indptr, np.array(ids, np.int32), np.array(counts, np.int32)
+
+    def batch(self, positions: np.ndarray) -> SamplingBatch:
+        """Settings of one step for the host's kernels; the new tokens take these positions [R]."""
+        temperature, top_p, min_p, repetition, presence, frequency = self.floats
+        draws = np.zeros(len(self), np.float64)
+        if self.draws:
+            draws = uniform_rows(self.seeds, self.path_keys, positions)
+            draws[temperature <= 0] = 0.0
+        pen_indptr, pen_ids, pen_counts = self.penalties()
+        bias_indptr, bias_ids, bias_values = self.bias
+        return SamplingBatch(
+            temperature=temperature,
+            top_k=self.top_k,
+            top_p=top_p,
+            min_p=min_p,
+            uniform=draws,
+            repetition=repetition,
+            presence=presence,
+            frequency=frequency,
+            pen_indptr=pen_indptr,
+            pen_ids=pen_ids,
+            pen_counts=pen_counts,
+            bias_indptr=bias_indptr,
+            bias_ids=bias_ids,
+            bias_values=bias_values,
+        )
+
+
+class PendingTokens(Protocol):
+    """Tokens that are being computed."""
+
+    def wait(self) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids i32, log-probabilities f32), of the same shape and the caller's to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """Tokens that are there already."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+    def wait(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `PendingTokens.wait`."""
+        return self.tokens, self.logprobs
+
 
 class Sampler:
     """Samples a batch of rows in one kernel call."""
 
     def __init__(self, ops: Any, vocab_size: int) -> None:
-        self._ops, self._vocab_size = ops, vocab_size
+        self._ops = ops
+        self.vocab_size = vocab_size
 
-    def sample(
-        self, logits: torch.Tensor, states: Sequence[SamplerState], positions: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw one token a row.
+    def begin(
+        self, logits: torch.Tensor, rows: np.ndarray, settings: SamplingRows, positions: np.ndarray
+    ) -> PendingTokens:
+        """Draw one token for each of n rows: [n]; token -1 where a row is not finite.
 
         Args:
             logits: fp32 [R, vocab].
-            states: one a row.
-            positions: position that the new token will take, one a row.
-
-        Returns:
-            (token ids i32 [R], log-probabilities f32 [R]); token -1 where a row is not finite.
+            rows: which rows of it, i64 [n].
+            settings: how each is sampled.
+            positions: position that each new token will take, i32 [n].
         """
-        batch = _batch(states, positions)
-        tokens, logprobs = self._ops.sample(logits, batch)
-        return np.asarray(tokens), np.asarray(logprobs)
+        tokens, logprobs = self._ops.sample(_select(logits, rows), settings.batch(positions))
+        return SampledTokens(np.asarray(tokens), np.asarray(logprobs))
 
-    def top(self, logits: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k most likely tokens a row: (ids i32 [R, k], log-probabilities f32 [R, k])."""
-        ids, logprobs = self._ops.top_logprobs(logits, min(k, self._vocab_size))
-        return np.asarray(ids), np.asarray(logprobs)
-
-
-def _batch(states: Sequence[SamplerState], positions: Sequence[int]) -> SamplingBatch:
-    params = [state.params for state in states]
-    draws = [
-        uniform(state.seed, state.path_key, position) if state.params.temperature > 0 else 0.0
-        for state, position in zip(states, positions, strict=True)
-    ]
-    pen_indptr, pen_ids, pen_counts = _penalty_rows(states)
-    bias_indptr, bias_ids, bias_values = _bias_rows(params)
-    return SamplingBatch(
-        temperature=np.array([p.temperature for p in params], np.float32),
-        top_k=np.array([p.top_k for p in params], np.int32),
-        top_p=np.array([p.top_p for p in params], np.float32),
-        min_p=np.array([p.min_p for p in params], np.float32),
-        uniform=np.array(draws, np.float64),
-        repetition=np.array([p.repetition_penalty for p in params], np.float32),
-        presence=np.array([p.presence_penalty for p in params], np.float32),
-        frequency=np.array([p.frequency_penalty for p in params], np.float32),
-        pen_indptr=pen_indptr,
-        pen_ids=pen_ids,
-        pen_counts=pen_counts,
-        bias_indptr=bias_indptr,
-        bias_ids=bias_ids,
-        bias_values=bias_values,
-    )
+    def begin_top(self, logits: torch.Tensor, rows: np.ndarray, k: int) -> PendingTokens:
+        """The k most likely tokens of the rows i64 [n] of logits fp32 [R, vocab]: [n, k]."""
+        k = min(k, self.vocab_size)
+        ids, logprobs = self._ops.top_logprobs(_select(logits, rows), k)
+        return SampledTokens(np.asarray(ids), np.asarray(logprobs))
 
 
-def _penalty_rows(states: Sequence[SamplerState]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids: list[int] = []
-    counts: list[int] = []
-    indptr = [0]
-    for state in states:
-        if state.params.has_penalties:
-            row = sorted(state.context_ids)
-            ids += row
-            counts += [state.counts.get(token_id, 0) for token_id in row]
-        indptr.append(len(ids))
-    return np.array(indptr, np.int32), np.array(ids, np.int32), np.array(counts, np.int32)
-
-
-def _bias_rows(params: Sequence[SamplingParams]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids: list[int] = []
-    values: list[float] = []
-    indptr = [0]
-    for row in params:
-        for token_id, value in sorted((row.logit_bias or {}).items()):
-            ids.append(token_id)
-            values.append(value)
-        indptr.append(len(ids))
-    return np.array(indptr, np.int32), np.array(ids, np.int32), np.array(values, np.float32)
+def _select(logits: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    """These rows; no copy when they are the first ones, in order."""
+    if np.array_equal(rows, np.arange(len(rows))):
+        return logits[: len(rows)]
+    return logits.index_select(0, torch.from_numpy(rows))

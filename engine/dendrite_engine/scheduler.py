@@ -32,21 +32,34 @@ class Lane:
     last_served: int = -1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """Lanes that need logits; one object serves as long as they stay the same.
+
+    Attributes:
+        lanes: the lanes.
+        handles: their branch handles, i64 [n].
+    """
+
+    lanes: tuple[Lane, ...]
+    handles: np.ndarray
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The scheduler's choice for one step.
 
     Attributes:
-        lanes: lanes that get rows.
+        chosen: places of the lanes that get rows, i64 [n]; None: all of them, in order.
         handles: their branch handles, i64 [n].
         quotas: tokens each may compute, i32 [n].
-        stale: lanes whose branch is gone.
+        stale: lanes whose branch is gone; nothing is chosen where there are any.
     """
 
-    lanes: list[Lane]
+    chosen: np.ndarray | None
     handles: np.ndarray
     quotas: np.ndarray
-    stale: list[Lane]
+    stale: tuple[Lane, ...] = ()
 
 
 class Scheduler:
@@ -61,39 +74,66 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._prefill_chunk = prefill_chunk
         self._step = 0
+        self._ones = np.ones(max_batch_tokens, np.int32)
+        # All of these were served in step `_all_served`; written into them when it matters.
+        self._served: Waiting | None = None
+        self._all_served = -1
 
-    def next_batch(self, lanes: Sequence[Lane], core: Any) -> Selection:
-        """Choose rows for the lanes that need logits; O(n log n)."""
+    def next_batch(self, waiting: Waiting, core: Any) -> Selection:
+        """Choose rows for the lanes that need logits.
+
+        Where every lane needs one row and all fit, the order does not matter and nothing is done
+        per lane; else O(n log n).
+        """
         self._step += 1
-        handles = np.array([lane.handle for lane in lanes], np.int64)
+        handles = waiting.handles
         pending = core.pending(handles)
-        stale = [lane for lane, count in zip(lanes, pending, strict=True) if count < 0]
-        alive = [(lane, int(n)) for lane, n in zip(lanes, pending, strict=True) if n >= 0]
-        alive.sort(key=lambda item: (-item[0].job.priority, item[0].last_served, item[0].arrival))
-        chosen, quotas = self._share(alive)
-        for lane in chosen:
-            lane.last_served = self._step
-        return Selection(
-            chosen,
-            np.array([lane.handle for lane in chosen], np.int64),
-            np.array(quotas, np.int32),
-            stale,
-        )
+        # As an unsigned number the -1 of a stale handle is the largest of all.
+        if len(handles) <= self._max_batch_tokens and pending.view(np.uint32).max() <= 1:
+            self._serve_all(waiting)
+            return Selection(None, handles, self._ones[: len(handles)])
+        gone = np.flatnonzero(pending < 0)
+        if len(gone):
+            stale = tuple(waiting.lanes[place] for place in gone.tolist())
+            return Selection(gone[:0], handles[:0], pending[:0], stale)
+        return self._choose(waiting, pending.tolist())
 
-    def _share(self, alive: list[tuple[Lane, int]]) -> tuple[list[Lane], list[int]]:
+    def _serve_all(self, waiting: Waiting) -> None:
+        if waiting is not self._served:
+            self._write_served()
+            self._served = waiting
+        self._all_served = self._step
+
+    def _write_served(self) -> None:
+        for lane in () if self._served is None else self._served.lanes:
+            lane.last_served = self._all_served
+        self._served = None
+
+    def _choose(self, waiting: Waiting, counts: list[int]) -> Selection:
+        self._write_served()
+        lanes = waiting.lanes
+        keys = [(-lane.job.priority, lane.last_served, lane.arrival) for lane in lanes]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        places, quotas = self._share(order, counts)
+        for place in places:
+            lanes[place].last_served = self._step
+        chosen = np.array(places, np.int64)
+        return Selection(chosen, waiting.handles[chosen], np.array(quotas, np.int32))
+
+    def _share(self, order: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
         left = self._max_batch_tokens
-        decoding = any(count <= 1 for _, count in alive)
+        decoding = min(counts) <= 1
         prefill_left = min(left, self._prefill_chunk) if decoding else left
-        chosen: list[Lane] = []
+        places: list[int] = []
         quotas: list[int] = []
-        for lane, count in alive:
-            want = max(count, 1)
+        for place in order:
+            want = max(counts[place], 1)
             quota = min(want, left, prefill_left) if want > 1 else min(want, left)
             if quota <= 0:
                 continue
-            chosen.append(lane)
+            places.append(place)
             quotas.append(quota)
             left -= quota
             if want > 1:
                 prefill_left -= quota
-        return chosen, quotas
+        return places, quotas

@@ -161,7 +161,7 @@ class TreeCore:
     def _per_token(name: str, value: object, dtype: str, count: int) -> list[Any] | None:
         if value is None:
             return None
-        values = as_array(name, value, dtype).tolist()
+        values: list[Any] = as_array(name, value, dtype).tolist()
         check_same_size(name, len(values), "tokens", count)
         return values
 

@@ -1,0 +1,212 @@
+"""Lanes that generate tokens: one by one, and as a group whose arrays serve every step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from dendrite_engine.models.tokenizer import StreamDecoder
+from dendrite_engine.sampling import SamplerState, SamplingRows
+from dendrite_engine.sampling_params import SamplingParams
+from dendrite_engine.scheduler import Lane, Waiting
+
+_ENDS_ON_EOS, _STOP_IDS, _STOP_TEXTS, _PENALTIES, _TOP = 1, 2, 4, 8, 16
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class DecodingLane(Lane):
+    """A lane that generates tokens.
+
+    Attributes:
+        sampler: sampling state.
+        decoder: streaming detokeniser.
+        tail: the last characters generated, for stop strings.
+    """
+
+    sampler: SamplerState
+    decoder: StreamDecoder
+    tail: str = ""
+
+    @property
+    def params(self) -> SamplingParams:
+        """How this lane samples."""
+        return self.sampler.params
+
+    @property
+    def flags(self) -> int:
+        """Which parts of a step concern this lane, as bits."""
+        params = self.sampler.params
+        return (
+            (not params.ignore_eos) * _ENDS_ON_EOS
+            + bool(params.stop_token_ids) * _STOP_IDS
+            + bool(params.stop) * _STOP_TEXTS
+            + params.has_penalties * _PENALTIES
+            + bool(params.logprobs) * _TOP
+        )
+
+
+class LaneGroup:
+    """Decoding lanes that advance together; nothing but `left` changes while their set is the same.
+
+    Attributes:
+        lanes: the lanes.
+        handles: their branch handles, i64 [n].
+        ids: ids of their branches, i64 [n].
+        left: tokens that each may still generate, i64 [n].
+        flags: see `DecodingLane.flags`, u8 [n].
+        settings: how they sample.
+    """
+
+    def __init__(
+        self,
+        lanes: tuple[DecodingLane, ...],
+        handles: np.ndarray,
+        ids: np.ndarray,
+        left: np.ndarray,
+        flags: np.ndarray,
+        settings: SamplingRows,
+    ) -> None:
+        self.lanes = lanes
+        self.handles, self.ids, self.left, self.flags = handles, ids, left, flags
+        self.settings = settings
+
+    @classmethod
+    def of(cls, lanes: Sequence[DecodingLane]) -> LaneGroup:
+        """New lanes as a group. O(n)."""
+        return cls(
+            tuple(lanes),
+            np.array([lane.handle for lane in lanes], np.int64),
+            np.array([lane.branch.id for lane in lanes], np.int64),
+            np.array([lane.sampler.params.max_tokens for lane in lanes], np.int64),
+            np.array([lane.flags for lane in lanes], np.uint8),
+            SamplingRows.of([lane.sampler for lane in lanes]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def take(self, rows: np.ndarray) -> LaneGroup:
+        """A group of the lanes at `rows` i64 [m], in this order; O(m)."""
+        return LaneGroup(
+            tuple(map(self.lanes.__getitem__, rows.tolist())),
+            self.handles.take(rows),
+            self.ids.take(rows),
+            self.left.take(rows),
+            self.flags.take(rows),
+            self.settings.take(rows),
+        )
+
+    def without(self, gone: Collection[Lane]) -> LaneGroup:
+        """A group of the lanes that are not in `gone`; O(n)."""
+        kept = [row for row, lane in enumerate(self.lanes) if lane not in gone]
+        return self if len(kept) == len(self.lanes) else self.take(np.array(kept, np.int64))
+
+    def joined(self, other: LaneGroup) -> LaneGroup:
+        """These lanes and then those of `other`."""
+        if not self.lanes:
+            return other
+        return LaneGroup(
+            self.lanes + other.lanes,
+            np.concatenate((self.handles, other.handles)),
+            np.concatenate((self.ids, other.ids)),
+            np.concatenate((self.left, other.left)),
+            np.concatenate((self.flags, other.flags)),
+            self.settings.joined(other.settings),
+        )
+
+    @cached_property
+    def ends_on_eos(self) -> np.ndarray:
+        """Which lanes end with an end-of-turn token, bool [n]."""
+        return (self.flags & _ENDS_ON_EOS).astype(bool)
+
+    @cached_property
+    def stop_ids(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Pairs of (row, id that ends it), i64 [m] and i32 [m]; None where there are none."""
+        pairs = [
+            (row, token_id)
+            for row in self._rows_with(_STOP_IDS)
+            for token_id in self.lanes[row].params.stop_token_ids
+        ]
+        if not pairs:
+            return None
+        rows, ids = zip(*pairs, strict=True)
+        return np.array(rows, np.int64), np.array(ids, np.int32)
+
+    @cached_property
+    def with_stop_texts(self) -> list[int]:
+        """Rows that a string may end."""
+        return self._rows_with(_STOP_TEXTS)
+
+    @cached_property
+    def with_penalties(self) -> list[int]:
+        """Rows whose next token depends on which came before."""
+        return self._rows_with(_PENALTIES)
+
+    @cached_property
+    def with_top(self) -> np.ndarray:
+        """Rows that report alternatives, i64 [m]."""
+        return np.array(self._rows_with(_TOP), np.int64)
+
+    @cached_property
+    def num_top(self) -> int:
+        """Most alternatives that a row reports."""
+        return max((self.lanes[row].params.logprobs for row in self.with_top.tolist()), default=0)
+
+    def _rows_with(self, flag: int) -> list[int]:
+        rows: list[int] = np.flatnonzero(self.flags & flag).tolist()
+        return rows
+
+
+class Roster:
+    """The lanes that need a forward pass; `waiting` lists the group and then the probes.
+
+    Attributes:
+        group: decoding lanes.
+        probes: lanes that only want logits.
+    """
+
+    def __init__(self) -> None:
+        self.group = LaneGroup.of(())
+        self.probes: tuple[Lane, ...] = ()
+        self._waiting: Waiting | None = None
+
+    def __len__(self) -> int:
+        return len(self.group.lanes) + len(self.probes)
+
+    @property
+    def waiting(self) -> Waiting:
+        """All of them: the same object as long as they are the same."""
+        if self._waiting is None:
+            probes = np.array([lane.handle for lane in self.probes], np.int64)
+            handles = np.concatenate((self.group.handles, probes))
+            self._waiting = Waiting((*self.group.lanes, *self.probes), handles)
+        return self._waiting
+
+    def add(self, group: LaneGroup, probes: Sequence[Lane]) -> None:
+        """Put lanes behind those that are there."""
+        self.group = self.group.joined(group)
+        self.probes += tuple(probes)
+        self._waiting = None
+
+    def remove(self, gone: Collection[Lane]) -> None:
+        """Take out those of `gone` that are in it."""
+        self.group = self.group.without(gone)
+        self.probes = tuple(lane for lane in self.probes if lane not in gone)
+        self._waiting = None
+
+    def order_by(self, rows: np.ndarray) -> np.ndarray | None:
+        """Sort the group by its rows of logits, so that logits can be read as they are from then
+        on; returns the order i64 [n], or None where it is sorted or some lanes share a row.
+        """
+        in_order = np.arange(len(rows))
+        if np.array_equal(rows, in_order):
+            return None
+        order = rows.argsort(kind="stable")
+        if not np.array_equal(rows[order], in_order):
+            return None
+        self.group = self.group.take(order)
+        self._waiting = None
+        return order
