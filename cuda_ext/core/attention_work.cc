@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <functional>
+#include <queue>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../include/dendrite/attention_work.h"
@@ -32,12 +35,18 @@ struct Run {
   uint32_t rows;
 };
 
+// Entries [begin, begin + count) of one block, to be read by one worker or cut further.
+struct Piece {
+  int32_t block;
+  int64_t begin, count;
+};
+
 class Builder {
  public:
   Builder(const AttentionPlan& plan, const AttentionCut& cut)
       : plan_(plan), cut_(cut), unit_(std::min(kUnit, cut.page_size)),
-        rows_per_block_(std::max(1, cut.q_tile / cut.group)),
-        num_blocks_((plan.num_rows + rows_per_block_ - 1) / rows_per_block_) {}
+        rows_per_block_(rows_of_block(cut.q_tile, cut.group)),
+        num_blocks_(work_blocks(cut.rows, rows_per_block_)) {}
 
   void collect() {
     first_chunk_.assign(num_blocks_, 0x7fffffff);
@@ -49,22 +58,17 @@ class Builder {
 
   AttentionWorkSize finish(int32_t* out, int64_t capacity) {
     make_segments();
-    const int64_t segments_at = round_up(kHeaderInts + int64_t(indptr_.size()), 4);
-    const int64_t blocks_at = segments_at + 4 * int64_t(segments_.size());
-    const int64_t entries_at = blocks_at + 4 * int64_t(blocks_.size());
+    const int64_t segments_at = segments_offset(cut_.rows, rows_per_block_);
+    const int64_t entries_at = segments_at + 8 * int64_t(segments_.size());
     const AttentionWorkSize size{entries_at + 4 * num_entries_, num_slots_, num_blocks_};
     if (size.ints > capacity) return size;
-    out[kNumWorkers] = static_cast<int32_t>(indptr_.size()) - 1;
-    out[kSegmentIndptr] = kHeaderInts;
-    out[kSegments] = static_cast<int32_t>(segments_at);
-    out[kBlocks] = static_cast<int32_t>(blocks_at);
-    out[kEntries] = static_cast<int32_t>(entries_at);
-    out[kNumBlocks] = static_cast<int32_t>(num_blocks_);
-    out[kNumSlots] = num_slots_;
-    out[kRowsPerBlock] = rows_per_block_;
-    std::copy(indptr_.begin(), indptr_.end(), out + kHeaderInts);
+    const int32_t header[kWorkHeader] = {num_slots_, static_cast<int32_t>(segments_.size()),
+                                         static_cast<int32_t>(num_entries_), 0};
+    std::copy(header, header + kWorkHeader, out);
+    std::copy(blocks_.begin(), blocks_.end(), reinterpret_cast<WorkBlock*>(out + kWorkHeader));
+    for (WorkSegment& segment : segments_)
+      segment.entries = static_cast<int32_t>(entries_at + 4 * int64_t{segment.entries});
     std::copy(segments_.begin(), segments_.end(), reinterpret_cast<WorkSegment*>(out + segments_at));
-    std::copy(blocks_.begin(), blocks_.end(), reinterpret_cast<WorkBlock*>(out + blocks_at));
     write_entries(reinterpret_cast<WorkEntry*>(out + entries_at));
     return size;
   }
@@ -133,64 +137,107 @@ class Builder {
     num_entries_ = cell_begin_.back();
   }
 
-  int64_t tiles(int64_t cell) const {
-    return (cell_entries_[cell] + kTileUnits - 1) / kTileUnits;
-  }
+  static int64_t tiles(int64_t entries) { return (entries + kTileUnits - 1) / kTileUnits; }
 
   void make_segments() {
+    segments_.assign(cut_.workers, WorkSegment{0, 0, -1, 0, 0, -1, 0, 0});
+    last_of_.assign(cut_.workers, -1);
     int64_t cost = 0;
-    for (size_t c = 0; c + 1 < cell_entries_.size(); ++c)
-      if (cell_entries_[c] > 0) cost += tiles(c) + kSegmentCost;
-    target_ = std::max<int64_t>(kMinTiles + kSegmentCost, (cost + cut_.workers - 1) / cut_.workers);
-    indptr_.assign(1, 0);
     for (int64_t b = 0; b < num_blocks_; ++b) {
-      const size_t first = segments_.size();
+      blocks_.push_back({static_cast<int32_t>(b * rows_per_block_), 0, 0, 0});
+      blocks_[b].num_rows = static_cast<int32_t>(std::clamp<int64_t>(
+          plan_.num_rows - blocks_[b].row_begin, 0, rows_per_block_));
       for (int64_t c = cell_indptr_[b]; c < cell_indptr_[b + 1]; ++c)
-        if (cell_entries_[c] > 0) cut_cell(static_cast<int32_t>(b), c);
-      add_block(b, first);
+        if (cell_entries_[c] > 0) {
+          pieces_.push_back({static_cast<int32_t>(b), cell_begin_[c], cell_entries_[c]});
+          cost += tiles(cell_entries_[c]) + kSegmentCost;
+        }
     }
-    indptr_.push_back(static_cast<int32_t>(segments_.size()));
+    if (cut_.deterministic)
+      deal_whole();
+    else
+      deal_by_load(cost);
   }
 
-  bool last_worker() const { return int64_t(indptr_.size()) >= cut_.workers; }
-
-  void next_worker() {
-    indptr_.push_back(static_cast<int32_t>(segments_.size()));
-    used_ = 0;
+  // Pieces stay whole: the largest first, each to the worker with the least to do.
+  void deal_whole() {
+    for (const Piece& piece : pieces_) ++blocks_[piece.block].num_slots;
+    place_slots();
+    std::vector<int32_t> order(pieces_.size()), slot(pieces_.size(), -1);
+    for (size_t i = 0, next = 0; i < pieces_.size(); ++i) {
+      order[i] = static_cast<int32_t>(i);
+      if (blocks_[pieces_[i].block].num_slots > 0) slot[i] = static_cast<int32_t>(next++);
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+      return pieces_[a].count > pieces_[b].count;
+    });
+    std::priority_queue<std::pair<int64_t, int32_t>, std::vector<std::pair<int64_t, int32_t>>,
+                        std::greater<>>
+        least;
+    for (int32_t w = 0; w < cut_.workers; ++w) least.push({0, w});
+    for (const int32_t i : order) {
+      auto [load, worker] = least.top();
+      least.pop();
+      add_segment(worker, pieces_[i], slot[i]);
+      least.push({load + tiles(pieces_[i].count) + kSegmentCost, worker});
+    }
   }
 
-  void cut_cell(int32_t block, int64_t cell) {
-    int64_t left = tiles(cell), at = cell_begin_[cell];
-    const int64_t end = at + cell_entries_[cell];
-    while (left > 0) {
-      const int64_t room = target_ - used_ - kSegmentCost;
-      const int64_t wanted = cut_.deterministic ? left : std::min<int64_t>(kMinTiles, left);
-      if (used_ > 0 && room < wanted && !last_worker()) {
-        next_worker();
-        continue;
+  // Pieces in order, cut where a worker has its share.
+  void deal_by_load(int64_t cost) {
+    // Every worker but the first may begin with the rest of a piece.
+    const int64_t total = cost + int64_t{kSegmentCost} * (cut_.workers - 1);
+    const int64_t share = std::max<int64_t>(kMinTiles + kSegmentCost,
+                                            (total + cut_.workers - 1) / cut_.workers);
+    std::vector<std::pair<int32_t, Piece>> dealt;
+    int32_t worker = 0;
+    int64_t used = 0;
+    for (Piece piece : pieces_) {
+      while (piece.count > 0) {
+        const int64_t left = tiles(piece.count), room = share - used - kSegmentCost;
+        const bool last = worker + 1 >= cut_.workers;
+        if (used > 0 && room < std::min<int64_t>(kMinTiles, left) && !last) {
+          ++worker;
+          used = 0;
+          continue;
+        }
+        int64_t take = std::clamp<int64_t>(room, 1, left);
+        if (last || left - take <= 1) take = left;
+        const int64_t count = std::min(piece.count, take * kTileUnits);
+        dealt.push_back({worker, {piece.block, piece.begin, count}});
+        ++blocks_[piece.block].num_slots;
+        piece.begin += count;
+        piece.count -= count;
+        used += take + kSegmentCost;
       }
-      int64_t take = std::clamp<int64_t>(room, 1, left);
-      if (cut_.deterministic || last_worker() || left - take <= 1) take = left;
-      segments_.push_back({block, static_cast<int32_t>(at),
-                           static_cast<int32_t>(std::min(end, at + take * kTileUnits)), -1});
-      used_ += take + kSegmentCost;
-      at += take * kTileUnits;
-      left -= take;
+    }
+    place_slots();
+    int32_t slot = 0;
+    for (const auto& [to, piece] : dealt)
+      add_segment(to, piece, blocks_[piece.block].num_slots > 0 ? slot++ : -1);
+  }
+
+  // Slots in block order; a block with a single piece needs none.
+  void place_slots() {
+    for (WorkBlock& block : blocks_) {
+      if (block.num_slots == 1) block.num_slots = 0;
+      block.first_slot = num_slots_;
+      num_slots_ += block.num_slots;
     }
   }
 
-  void add_block(int64_t b, size_t first_segment) {
-    WorkBlock block{};
-    block.row_begin = static_cast<int32_t>(b * rows_per_block_);
-    block.num_rows =
-        static_cast<int32_t>(std::min<int64_t>(rows_per_block_, plan_.num_rows - block.row_begin));
-    const size_t count = segments_.size() - first_segment;
-    if (count > 1) {
-      block.num_slots = static_cast<int32_t>(count);
-      block.first_slot = num_slots_;
-      for (size_t s = first_segment; s < segments_.size(); ++s) segments_[s].slot = num_slots_++;
+  void add_segment(int32_t worker, const Piece& piece, int32_t slot) {
+    const WorkBlock& block = blocks_[piece.block];
+    const WorkSegment segment{static_cast<int32_t>(piece.begin), static_cast<int32_t>(piece.count),
+                              slot, block.row_begin, block.num_rows, -1, piece.block, 0};
+    if (last_of_[worker] < 0) {
+      segments_[worker] = segment;
+      last_of_[worker] = worker;
+      return;
     }
-    blocks_.push_back(block);
+    segments_[last_of_[worker]].next = static_cast<int32_t>(segments_.size());
+    last_of_[worker] = static_cast<int32_t>(segments_.size());
+    segments_.push_back(segment);
   }
 
   void write_entries(WorkEntry* out) const {
@@ -217,14 +264,15 @@ class Builder {
   std::vector<Run> runs_;  // in node order; `cell` holds the chunk until place_cells()
   std::vector<int32_t> run_block_, first_chunk_, last_chunk_;
   std::vector<int64_t> cell_indptr_, cell_entries_, cell_begin_;  // by block; by cell
-  int64_t num_entries_ = 0, target_ = 0, used_ = 0;
-  std::vector<int32_t> indptr_;
+  int64_t num_entries_ = 0;
+  std::vector<Piece> pieces_;
+  std::vector<int32_t> last_of_;  // last segment of each worker so far
   std::vector<WorkSegment> segments_;
   std::vector<WorkBlock> blocks_;
   int32_t num_slots_ = 0;
 };
 
-void check_cut(const AttentionCut& cut) {
+void check_cut(const AttentionCut& cut, int64_t num_rows) {
   const auto refuse = [](const char* name, int32_t value, const char* why) {
     throw InvalidArgumentError(std::string(name) + " must be " + why + ", got " +
                                std::to_string(value));
@@ -235,6 +283,8 @@ void check_cut(const AttentionCut& cut) {
   if (cut.group < 1 || cut.group > cut.q_tile)
     refuse("group", cut.group, "from 1 to q_tile, the queries of a tile");
   if (cut.workers < 1) refuse("workers", cut.workers, "at least 1");
+  if (cut.rows < num_rows)
+    refuse("rows", cut.rows, "at least the rows of the plan");
   if (cut.window < 0) refuse("window", cut.window, "at least 0");
 }
 
@@ -242,7 +292,7 @@ void check_cut(const AttentionCut& cut) {
 
 AttentionWorkSize build_attention_work(const AttentionPlan& plan, const AttentionCut& cut,
                                        int32_t* out, int64_t capacity) {
-  check_cut(cut);
+  check_cut(cut, plan.num_rows);
   Builder builder(plan, cut);
   builder.collect();
   return builder.finish(out, capacity);

@@ -24,6 +24,7 @@ struct AttentionPlan {
 };
 
 struct AttentionCut {
+  int32_t rows;  // of the batch as it runs: those of the plan, and padding
   int32_t page_size;
   int32_t group;    // query heads of a kv head
   int32_t q_tile;   // queries of a block

@@ -25,7 +25,7 @@ void same_size(const char* name, size_t size, const char* as, size_t wanted) {
 std::tuple<int64_t, int64_t, int64_t> attention_work(
     nb::handle positions, nb::handle node_pos, nb::handle node_len, nb::handle node_row_begin,
     nb::handle node_row_end, nb::handle node_page_indptr, nb::handle page_indices,
-    int32_t page_size, int32_t group, int32_t q_tile, int32_t workers, int32_t window,
+    int32_t rows_of_batch, int32_t page_size, int32_t group, int32_t q_tile, int32_t workers, int32_t window,
     bool deterministic, const OutArray& out) {
   const ArrayArg<int32_t> rows(positions, "positions"), pos(node_pos, "node_pos"),
       len(node_len, "node_len"), begin(node_row_begin, "node_row_begin"),
@@ -38,7 +38,7 @@ std::tuple<int64_t, int64_t, int64_t> attention_work(
   const AttentionPlan plan{rows.data(), int64_t(rows.size()), pos.data(),   len.data(),
                            begin.data(), end.data(),          indptr.data(), int64_t(pos.size()),
                            pages.data(), int64_t(pages.size())};
-  const AttentionCut cut{page_size, group, q_tile, workers, window, deterministic};
+  const AttentionCut cut{rows_of_batch, page_size, group, q_tile, workers, window, deterministic};
   AttentionWorkSize size{};
   {
     nb::gil_scoped_release unlocked;
@@ -52,7 +52,7 @@ std::tuple<int64_t, int64_t, int64_t> attention_work(
 void bind_attention_work(nb::module_& m) {
   m.def("attention_work", &attention_work, "positions"_a, "node_pos"_a, "node_len"_a,
         "node_row_begin"_a, "node_row_end"_a, "node_page_indptr"_a, "page_indices"_a,
-        "page_size"_a, "group"_a, "q_tile"_a, "workers"_a, "window"_a, "deterministic"_a, "out"_a,
+        "rows"_a, "page_size"_a, "group"_a, "q_tile"_a, "workers"_a, "window"_a, "deterministic"_a, "out"_a,
         docs::kAttentionWork);
 }
 

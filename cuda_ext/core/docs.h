@@ -86,6 +86,8 @@ inline constexpr const char* kCommit =
 inline constexpr const char* kCancel = "Forget the plan; no effect when it is closed.";
 inline constexpr const char* kAttentionWork =
     "Cut the attention nodes of a plan into a work list for the GPU kernels.\n\n"
+    "`rows`: rows of the batch, padding included; q_tile: queries of a block; workers: for each\n"
+    "kv head, see the op tree_attention_workers; deterministic: cut at fixed positions.\n"
     "Writes int32 into `out` when they fit, nothing otherwise. Returns (ints needed, slots for\n"
     "partial results, blocks of rows). Layout: cuda_ext/include/dendrite/attention_work.h.";
 

@@ -1,5 +1,6 @@
 #include "bindings_common.h"
 #include "tree_attention.h"
+#include "dendrite/attention_work.h"
 #include "dendrite/tree_attention_params.h"
 
 namespace dendrite {
@@ -23,7 +24,7 @@ int power_of_two_shift(const Call& call, const char* name, int value) {
 
 void tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                     const Tensor& positions, const Tensor& work, const Tensor& partials,
-                    const Tensor& counters, const Tensor& out, double scale, int64_t window,
+                    const Tensor& out, double scale, int64_t window,
                     int64_t q_tile, int64_t workers) {
   Call call("tree_attention");
   const Argument query = call.floats("q", q, {kAny, kAny, kAny});
@@ -36,7 +37,6 @@ void tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_page
   const Argument where = call.ints("positions", positions, {rows});
   const Argument list = call.ints("work", work, {kAny}, true);
   const Argument scratch = call.floats("partials", partials, {kAny}, Dtype::kF32);
-  const Argument arrivals = call.ints("counters", counters, {kAny});
   const TreeAttentionShape shape{query.dtype(), dim, int(q_tile)};
   checked_q_tile(call, shape);
   call.require(kv_heads > 0 && heads % kv_heads == 0, "q", "has ", heads,
@@ -53,7 +53,6 @@ void tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_page
   params.positions = where.as<const int32_t>();
   params.work = list.as<const int32_t>();
   params.partials = scratch.as<float>();
-  params.counters = arrivals.as<int32_t>();
   params.out = result.data();
   params.heads = heads;
   params.kv_heads = kv_heads;
@@ -61,8 +60,10 @@ void tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_page
   params.page_shift = power_of_two_shift(call, "k_pages", page_size);
   params.window = int32_t(window);
   params.max_slots = int32_t(scratch.size(0) / (int64_t(kv_heads) * q_tile * (dim + 2)));
+  params.rows_per_block = rows_of_block(int(q_tile), params.group);
+  params.segments_at = int32_t(segments_offset(rows, params.rows_per_block));
   params.scale_log2 = float(scale * 1.4426950408889634);
-  launch_tree_attention(params, shape, int(workers), call.stream());
+  launch_tree_attention(params, shape, rows, int(workers), call.stream());
 }
 
 int64_t workers_that_fill(const Tensor& like, int64_t head_dim, int64_t kv_heads, int64_t q_tile) {

@@ -5,6 +5,8 @@
 namespace dendrite {
 namespace {
 
+constexpr int kMergeThreads = 128;
+
 AttentionKernel find(const TreeAttentionShape& shape) {
   switch (shape.head_dim) {
     case 64: return attention_kernel<64>(shape);
@@ -25,16 +27,19 @@ bool tree_attention_takes(const TreeAttentionShape& shape) {
 
 int tree_attention_workers(const TreeAttentionShape& shape, int kv_heads) {
   const AttentionKernel kernel = find(shape);
-  const int blocks = max_blocks_per_multiprocessor(kernel.function, kAttentionThreads,
+  const int blocks = max_blocks_per_multiprocessor(kernel.attend, kAttentionThreads,
                                                    kernel.shared_bytes);
   return std::max(1, num_multiprocessors() * blocks / kv_heads);
 }
 
 void launch_tree_attention(const TreeAttentionParams& params, const TreeAttentionShape& shape,
-                           int workers, cudaStream_t stream) {
+                           int rows, int workers, cudaStream_t stream) {
   const AttentionKernel kernel = find(shape);
-  launch_kernel(kernel.function, dim3(workers, params.kv_heads), dim3(kAttentionThreads),
+  launch_kernel(kernel.attend, dim3(workers, params.kv_heads), dim3(kAttentionThreads),
                 kernel.shared_bytes, stream, true, params);
+  const int values = params.group * shape.head_dim / 4;
+  launch_kernel(kernel.merge, dim3(rows, params.kv_heads, (values + kMergeThreads - 1) / kMergeThreads),
+                dim3(kMergeThreads), 0, stream, true, params);
 }
 
 }  // namespace dendrite

@@ -19,8 +19,9 @@ bool tree_attention_takes(const TreeAttentionShape& shape);
 // Workers for each kv head that fill the current device; at least 1.
 int tree_attention_workers(const TreeAttentionShape& shape, int kv_heads);
 
-// `workers` is what the work list was cut for.
+// Two launches: the work list, then the merge of partial results. `workers` is what the list was
+// cut for.
 void launch_tree_attention(const TreeAttentionParams& params, const TreeAttentionShape& shape,
-                           int workers, cudaStream_t stream);
+                           int rows, int workers, cudaStream_t stream);
 
 }  // namespace dendrite

@@ -9,7 +9,8 @@
 namespace dendrite {
 
 struct AttentionKernel {
-  void (*function)(TreeAttentionParams);
+  void (*attend)(TreeAttentionParams);
+  void (*merge)(TreeAttentionParams);
   int shared_bytes;
 };
 
@@ -24,7 +25,8 @@ extern template AttentionKernel attention_kernel<256>(const TreeAttentionShape&)
 template <class T, int kDim, int kMTiles>
 AttentionKernel tensor_core_kernel() {
   constexpr int kTile = kDim <= 128 ? kTileUnits : kTileUnits / 2;
-  return {tree_attention_kernel<T, kDim, kMTiles, kTile>, AttentionShared<kDim, kTile>::kBytes};
+  return {tree_attention_kernel<T, kDim, kMTiles, kTile>,
+          merge_partials_kernel<T, 64 * kMTiles, kDim>, AttentionShared<kDim, kTile>::kBytes};
 }
 
 template <class T, int kDim>
@@ -42,7 +44,8 @@ AttentionKernel attention_kernel(const TreeAttentionShape& shape) {
     case Dtype::kBF16: return tensor_core_kernel<bf16, kDim>(shape.q_tile);
     case Dtype::kF32: break;
   }
-  return {tree_attention_f32_kernel<kDim>, AttentionSharedF32<kDim>::kBytes};
+  return {tree_attention_f32_kernel<kDim>, merge_partials_kernel<float, 64, kDim>,
+          AttentionSharedF32<kDim>::kBytes};
 }
 
 }  // namespace dendrite

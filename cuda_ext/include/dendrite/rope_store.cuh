@@ -7,112 +7,104 @@
 namespace dendrite {
 
 constexpr int kRopeThreads = 128;
+constexpr int kRopeVector = 4;  // so that half of any head of a multiple of 8 is whole vectors
 constexpr uint32_t kQuietNan = 0x7fc00000u;
 
-// A group of `lanes` lanes (a power of two, at least dim / 2 / kWidth) works on a head; lane i
-// holds the elements i * kWidth.. of both halves. Groups go over heads + kv_heads of each token: a
-// query head, or a key head together with its value head.
-template <class T, int kWidth>
-struct RopeHead {
-  float first[kWidth], second[kWidth];
+// What a lane holds of a head: kRopeVector elements of its first half, and those they turn with.
+struct RopePart {
+  float first[kRopeVector] = {}, second[kRopeVector] = {};
 
-  DENDRITE_DEVICE void load(const T* head, int half, bool active) {
+  template <class T>
+  DENDRITE_DEVICE void load(const T* at, int half) {
+    load_floats<kRopeVector>(first, at);
+    load_floats<kRopeVector>(second, at + half);
+  }
+  template <class T>
+  DENDRITE_DEVICE void store(T* at, int half) const {
+    store_floats<kRopeVector>(at, first);
+    store_floats<kRopeVector>(at + half, second);
+  }
+  DENDRITE_DEVICE void fill(float value) {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) first[j] = second[j] = 0.0f;
-    if (!active) return;
-    load_floats<kWidth>(first, head);
-    load_floats<kWidth>(second, head + half);
+    for (int j = 0; j < kRopeVector; ++j) first[j] = second[j] = value;
   }
 
-  DENDRITE_DEVICE void store(T* head, int half) const {
-    store_floats<kWidth>(head, first);
-    store_floats<kWidth>(head + half, second);
+  DENDRITE_DEVICE float squares() const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kRopeVector; ++j) sum += first[j] * first[j] + second[j] * second[j];
+    return sum;
   }
-
-  DENDRITE_DEVICE void norm(const float (&weight_first)[kWidth],
-                            const float (&weight_second)[kWidth], float eps, int dim, int lanes) {
-    float squares = 0.0f;
+  DENDRITE_DEVICE void scale(float factor, const RopePart& weight) {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) squares += first[j] * first[j] + second[j] * second[j];
-    for (int mask = lanes / 2; mask > 0; mask /= 2) squares += shfl_xor(squares, mask);
-    const float scale = 1.0f / sqrtf(squares / float(dim) + eps);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      first[j] *= scale * weight_first[j];
-      second[j] *= scale * weight_second[j];
+    for (int j = 0; j < kRopeVector; ++j) {
+      first[j] *= factor * weight.first[j];
+      second[j] *= factor * weight.second[j];
     }
   }
-
-  DENDRITE_DEVICE void rotate(const float* cos, const float* sin, bool known) {
-    float c[kWidth], s[kWidth];
-    if (known) {
-      load_floats<kWidth>(c, cos);
-      load_floats<kWidth>(s, sin);
-    } else {
+  // `angles` holds cosines (first) and sines (second).
+  DENDRITE_DEVICE void rotate(const RopePart& angles) {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) c[j] = s[j] = bits_float(kQuietNan);
-    }
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
+    for (int j = 0; j < kRopeVector; ++j) {
       const float a = first[j], b = second[j];
-      first[j] = a * c[j] - b * s[j];
-      second[j] = b * c[j] + a * s[j];
+      first[j] = a * angles.first[j] - b * angles.second[j];
+      second[j] = b * angles.first[j] + a * angles.second[j];
     }
   }
-
   DENDRITE_DEVICE bool finite() const {
     bool all = true;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) all = all && is_finite(first[j]) && is_finite(second[j]);
+    for (int j = 0; j < kRopeVector; ++j) all = all && is_finite(first[j]) && is_finite(second[j]);
     return all;
   }
-
   DENDRITE_DEVICE static bool is_finite(float value) {
     return (float_bits(value) & 0x7f800000u) != 0x7f800000u;
   }
 };
 
-template <class T, int kWidth>
+// `lanes` lanes (a power of two that covers half a head) form a group. Groups go over the
+// heads + kv_heads of each token: a query head, or a key head together with its value head.
+template <class T>
 DENDRITE_KERNEL __launch_bounds__(kRopeThreads) rope_store_kv_kernel(RopeParams p, int lanes) {
   const int half = p.dim / 2, per_token = p.heads + p.kv_heads;
   const int lane = int(threadIdx.x) % lanes;
-  const int group = (int(blockIdx.x) * int(blockDim.x) + int(threadIdx.x)) / lanes;
+  const int group = (int(blockIdx.x) * kRopeThreads + int(threadIdx.x)) / lanes;
   const int token = group / per_token, head = group % per_token;
-  const int at = lane * kWidth;
-  const bool active = token < p.tokens && at < half;
+  const int at = lane * kRopeVector;
+  const bool exists = token < p.tokens && at < half;
   const bool is_query = head < p.heads;
-  const int kv_head = head - p.heads;
-
   const T* norm = static_cast<const T*>(is_query ? p.q_norm : p.k_norm);
-  float norm_first[kWidth] = {}, norm_second[kWidth] = {};
-  if (norm != nullptr && active) {
-    load_floats<kWidth>(norm_first, norm + at);
-    load_floats<kWidth>(norm_second, norm + half + at);
-  }
+  RopePart weight;
+  if (norm != nullptr && exists) weight.load(norm + at, half);
   grid_dependency_wait();
   grid_dependency_launch();
 
+  const int slot = exists ? p.slots[token] : -1;
+  const int position = exists ? p.positions[token] : -1;
+  const bool stored = !is_query && slot >= 0 && slot < p.num_slots;
+  const bool active = exists && (is_query || stored);
   const T* in = static_cast<const T*>(p.qkv) +
                 (int64_t(token) * (per_token + p.kv_heads) + head) * p.dim + at;
-  const int slot = active && !is_query ? p.slots[token] : -1;
-  const bool stored = slot >= 0 && slot < p.num_slots;
-  RopeHead<T, kWidth> x, value;
-  x.load(in, half, active && (is_query || stored));
-  value.load(in + int64_t(p.kv_heads) * p.dim, half, stored);
-  // Every lane of the warp takes part in the shuffles, whatever its group does.
-  if (p.q_norm != nullptr || p.k_norm != nullptr) {
-    RopeHead<T, kWidth> normed = x;
-    normed.norm(norm_first, norm_second, p.eps, p.dim, lanes);
-    if (norm != nullptr) x = normed;
+  RopePart x, value, angles;
+  if (active) x.load(in, half);
+  if (stored) value.load(in + int64_t(p.kv_heads) * p.dim, half);
+  if (position >= 0 && position < p.max_position) {
+    load_floats<kRopeVector>(angles.first, p.cos + int64_t(position) * half + at);
+    load_floats<kRopeVector>(angles.second, p.sin + int64_t(position) * half + at);
+  } else {
+    angles.fill(bits_float(kQuietNan));
   }
-  int bad = stored && !value.finite();
-  for (int mask = lanes / 2; mask > 0; mask /= 2) bad |= shfl_xor(bad, mask);
-  if (!active || !(is_query || stored)) return;
 
-  const int position = p.positions[token];
-  const bool known = position >= 0 && position < p.max_position;
-  const int64_t angles = int64_t(known ? position : 0) * half + at;
-  x.rotate(p.cos + angles, p.sin + angles, known);
+  // Every lane of the warp takes part in the shuffles, whatever its group does.
+  float squares = x.squares();
+  int bad = stored && !value.finite();
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    squares += shfl_xor(squares, mask);
+    bad |= shfl_xor(bad, mask);
+  }
+  if (!active) return;
+  if (norm != nullptr) x.scale(1.0f / sqrtf(squares / float(p.dim) + p.eps), weight);
+  x.rotate(angles);
   if (is_query) {
     x.store(static_cast<T*>(p.q_out) + (int64_t(token) * p.heads + head) * p.dim + at, half);
     return;
@@ -120,15 +112,13 @@ DENDRITE_KERNEL __launch_bounds__(kRopeThreads) rope_store_kv_kernel(RopeParams 
   // Where V is not finite, siblings that multiply it by a weight of 0 would see NaN. They get 0;
   // the branch itself gets NaN, through its scores.
   if (bad) {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) value.first[j] = value.second[j] = 0.0f;
+    value.fill(0.0f);
     if (lane == 0) x.first[0] = bits_float(kQuietNan);
   }
   const int page = slot / p.page_size, offset = slot % p.page_size;
-  const int64_t place =
-      ((int64_t(page) * p.kv_heads + kv_head) * p.page_size + offset) * p.dim + at;
-  x.store(static_cast<T*>(p.k_pages) + place, half);
-  value.store(static_cast<T*>(p.v_pages) + place, half);
+  const int64_t row = (int64_t(page) * p.kv_heads + head - p.heads) * p.page_size + offset;
+  x.store(static_cast<T*>(p.k_pages) + row * p.dim + at, half);
+  value.store(static_cast<T*>(p.v_pages) + row * p.dim + at, half);
 }
 
 }  // namespace dendrite

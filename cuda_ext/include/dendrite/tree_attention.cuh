@@ -23,8 +23,7 @@ struct AttentionShared {
   static constexpr int kTileBytes = kTile * kUnit * kStride * 2;
   static constexpr int kEntriesAt = 4 * kTileBytes;  // K and V, two stages
   static constexpr int kPositionsAt = kEntriesAt + 4 * kTile * int(sizeof(WorkEntry));
-  static constexpr int kFlagAt = kPositionsAt + 128 * int(sizeof(int32_t));
-  static constexpr int kBytes = kFlagAt + 16;
+  static constexpr int kBytes = kPositionsAt + 128 * int(sizeof(int32_t));
 };
 
 template <class T, int kDim, int kMTiles, int kTile>
@@ -32,20 +31,22 @@ class AttentionWarp {
   using Shared = AttentionShared<kDim, kTile>;
   static constexpr int kQTile = 64 * kMTiles;
   static constexpr int kSteps = kDim / 16;
+  static constexpr int kGroup = kTile / kMTiles;  // entries that are scored together
 
  public:
   DENDRITE_DEVICE AttentionWarp(const TreeAttentionParams& p, char* smem)
       : p_(p), smem_(smem) {}
 
-  DENDRITE_DEVICE void run(int index) {
-    const WorkSegment segment = read_segment(p_.work, index);
-    start(read_block(p_.work, segment.block));
-    const auto* entries = reinterpret_cast<const WorkEntry*>(p_.work + p_.work[kEntries]);
-    const int count = segment.entry_end - segment.entry_begin;
+  // Takes one segment; returns the worker's next one, or -1.
+  DENDRITE_DEVICE int run(int index) {
+    const WorkSegment segment = read_segment(p_, index);
+    const int count = segment.count;
+    if (count == 0) return -1;
+    const auto* entries = reinterpret_cast<const WorkEntry*>(p_.work + segment.entries);
     const int tiles = (count + kTile - 1) / kTile;
-    entries += segment.entry_begin;
     for (int t = 0; t < 3; ++t) load_entries(entries, count, t);
     cp_async_commit();
+    start(segment);
     cp_async_wait<0>();
     sync_block();
     load_tile(0);
@@ -63,7 +64,7 @@ class AttentionWarp {
       attend(t);
       sync_block();
     }
-    finish(index);
+    return finish(index);
   }
 
  private:
@@ -90,8 +91,8 @@ class AttentionWarp {
     return (warp() * kMTiles + mt) * 16 + half * 8 + lane() / 4;
   }
 
-  DENDRITE_DEVICE void start(const WorkBlock& block) {
-    num_queries_ = block.num_rows * p_.group;
+  DENDRITE_DEVICE void start(const WorkSegment& segment) {
+    num_queries_ = segment.num_rows * p_.group;
     low_position_ = 0x7fffffff;
     high_position_ = -1;
 #pragma unroll
@@ -100,14 +101,14 @@ class AttentionWarp {
       for (int half = 0; half < 2; ++half) {
         const int i = query(mt, half);
         const bool valid = i < num_queries_;
-        const int position = valid ? p_.positions[block.row_begin + i / p_.group] : -1;
+        const int position = valid ? p_.positions[segment.row_begin + i / p_.group] : -1;
         if (lane() % 4 == 0) positions()[i] = position;  // read by this warp alone
         if (valid) {
           low_position_ = min(low_position_, position);
           high_position_ = max(high_position_, position);
         }
         const T* q = static_cast<const T*>(p_.q) +
-                     (valid ? query_offset(p_, block, i, head(), kDim) : 0) + lane() % 4 * 2;
+                     (valid ? query_offset(p_, segment.row_begin, i, head(), kDim) : 0) + lane() % 4 * 2;
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           q_[mt][k][half] = valid ? *reinterpret_cast<const uint32_t*>(q + k * 16) : 0u;
@@ -142,158 +143,234 @@ class AttentionWarp {
     cp_async_16(ring(t) + j, entries + (valid ? index : 0), valid ? 16 : 0);
   }
 
+  // A whole entry is one contiguous piece of memory.
   DENDRITE_DEVICE void load_tile(int t) {
     constexpr int kParts = kDim / 8;  // 16-byte parts of a row
     const WorkEntry* entries = ring(t);
-    T *keys_to = keys(t), *values_to = values(t);
-    const T* k_from = static_cast<const T*>(p_.k_pages);
-    const T* v_from = static_cast<const T*>(p_.v_pages);
-#pragma unroll 4
-    for (int first = 0; first < kTile * kUnit * kParts; first += kAttentionThreads) {
-      const int index = first + threadIdx.x;
-      if (kTile * kUnit * kParts % kAttentionThreads != 0 && index >= kTile * kUnit * kParts) break;
-      const int row = index / kParts, part = index % kParts;
-      const WorkEntry entry = entries[row / kUnit];
-      const int r = row % kUnit;
-      const int bytes = r < entry.len ? 16 : 0;
+#pragma unroll
+    for (int j = 0; j < kTile; ++j) {
+      const WorkEntry entry = entries[j];
       const int page = entry.slot >> p_.page_shift;
-      const int offset = entry.slot - (page << p_.page_shift) + (bytes ? r : 0);
+      const int offset = entry.slot - (page << p_.page_shift);
       const size_t from =
-          (((size_t(page) * p_.kv_heads + head()) << p_.page_shift) + offset) * kDim + part * 8;
-      cp_async_16(keys_to + row * Shared::kStride + part * 8, k_from + from, bytes);
-      cp_async_16(values_to + row * Shared::kStride + part * 8, v_from + from, bytes);
+          (((size_t(page) * p_.kv_heads + head()) << p_.page_shift) + offset) * kDim;
+      const T* k_from = static_cast<const T*>(p_.k_pages) + from;
+      const T* v_from = static_cast<const T*>(p_.v_pages) + from;
+#pragma unroll
+      for (int first = 0; first < kUnit * kParts; first += kAttentionThreads) {
+        const int part = first + threadIdx.x;
+        if (kUnit * kParts % kAttentionThreads != 0 && part >= kUnit * kParts) break;
+        const int row = part / kParts;
+        const int to = (j * kUnit + row) * Shared::kStride + part % kParts * 8;
+        const bool valid = row < entry.len;
+        cp_async_16(keys(t) + to, k_from + (valid ? part * 8 : 0), valid ? 16 : 0);
+        cp_async_16(values(t) + to, v_from + (valid ? part * 8 : 0), valid ? 16 : 0);
+      }
     }
   }
 
+  // Whether the queries [low, high) read the entry, and whether all of them see all of it.
+  DENDRITE_DEVICE bool reads(const WorkEntry& entry, int low, int high) const {
+    return entry.len > 0 && int(entry.rows & 0xffff) * p_.group < high &&
+           int(entry.rows >> 16) * p_.group > low;
+  }
+  DENDRITE_DEVICE bool all_see(const WorkEntry& entry, int low, int high) const {
+    return int(entry.rows & 0xffff) * p_.group <= low && int(entry.rows >> 16) * p_.group >= high &&
+           entry.len == kUnit && entry.pos + kUnit - 1 <= low_position_ &&
+           (p_.window == 0 || entry.pos > high_position_ - p_.window);
+  }
+
+  // Entries go through the tensor cores in groups, which keeps enough instructions in flight; one
+  // by one where a maximum grows or where some of them are not for this warp. Both ways do the same
+  // arithmetic in the same order.
   DENDRITE_DEVICE void attend(int t) {
-    const WorkEntry* entries = ring(t);
     const int low = warp() * kMTiles * 16;
     const int high = min(low + kMTiles * 16, num_queries_);
 #pragma unroll 1
-    for (int j = 0; j < kTile; ++j) {
-      const WorkEntry entry = entries[j];
-      const int begin = int(entry.rows & 0xffff) * p_.group;
-      const int end = int(entry.rows >> 16) * p_.group;
-      if (entry.len == 0 || begin >= high || end <= low) continue;
-      float s[kMTiles][2][4];
-      scores(keys(t) + j * kUnit * Shared::kStride, s);
-      const bool all_see = begin <= low && end >= high && entry.len == kUnit &&
-                           entry.pos + kUnit - 1 <= low_position_ &&
-                           (p_.window == 0 || entry.pos > high_position_ - p_.window);
-      if (!all_see) mask(s, entry, begin, end);
-      weigh(s);
-      accumulate(values(t) + j * kUnit * Shared::kStride, s);
+    for (int first = 0; first < kTile; first += kGroup) {
+      const WorkEntry* entries = ring(t) + first;
+      bool some = false, all = true, whole = true;
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const bool read = reads(entries[j], low, high);
+        some |= read;
+        all &= read;
+        whole &= all_see(entries[j], low, high);
+      }
+      if (!some) continue;
+      const T* k = keys(t) + first * kUnit * Shared::kStride;
+      const T* v = values(t) + first * kUnit * Shared::kStride;
+      if (all && group_without_growth(entries, k, v, whole)) continue;
+#pragma unroll 1
+      for (int j = 0; j < kGroup; ++j) {
+        if (!reads(entries[j], low, high)) continue;
+        one_entry(entries + j, k + j * kUnit * Shared::kStride, v + j * kUnit * Shared::kStride);
+      }
     }
   }
 
-  DENDRITE_DEVICE void scores(const T* k, float (&s)[kMTiles][2][4]) const {
+  // False, and nothing done, when some row's maximum has to grow.
+  DENDRITE_DEVICE bool group_without_growth(const WorkEntry* entries, const T* k, const T* v,
+                                            bool whole) {
+    float s[kMTiles][2 * kGroup][4];
+    scores<kGroup>(k, s);
+    if (!whole) mask<kGroup>(entries, s);
+    bool grows = false;
 #pragma unroll
     for (int mt = 0; mt < kMTiles; ++mt)
 #pragma unroll
-      for (int c = 0; c < 8; ++c) s[mt][c / 4][c % 4] = 0.f;
+      for (int half = 0; half < 2; ++half)
+        grows |= has_to_grow(m_[mt][half], top<kGroup>(s[mt], half));
+    if (any_sync(grows)) return false;
+    weigh<kGroup>(s);
+    accumulate<kGroup>(v, s);
+    return true;
+  }
+
+  DENDRITE_DEVICE void one_entry(const WorkEntry* entry, const T* k, const T* v) {
+    float s[kMTiles][2][4];
+    scores<1>(k, s);
+    mask<1>(entry, s);
+    grow(s);
+    weigh<1>(s);
+    accumulate<1>(v, s);
+  }
+
+  // Raw scores of kCount entries.
+  template <int kCount>
+  DENDRITE_DEVICE void scores(const T* k, float (&s)[kMTiles][2 * kCount][4]) const {
+#pragma unroll
+    for (int mt = 0; mt < kMTiles; ++mt)
+#pragma unroll
+      for (int n = 0; n < 2 * kCount; ++n) s[mt][n][0] = s[mt][n][1] = s[mt][n][2] = s[mt][n][3] = 0.f;
     // Matrices of ldmatrix: slots 0-7 and 8-15, each with dims 0-7 and 8-15 of the step.
     const T* at = k + (lane() / 16 * 8 + lane() % 8) * Shared::kStride + lane() / 8 % 2 * 8;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      uint32_t b[4];
-      ldmatrix_x4(b, at + step * 16);
-      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
-      for (int mt = 0; mt < kMTiles; ++mt) {
-        mma_m16n8k16<T>(s[mt][0], q_[mt][step], low);
-        mma_m16n8k16<T>(s[mt][1], q_[mt][step], high);
-      }
-    }
+      for (int j = 0; j < kCount; ++j) {
+        uint32_t b[4];
+        ldmatrix_x4(b, at + j * kUnit * Shared::kStride + step * 16);
+        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
-    for (int mt = 0; mt < kMTiles; ++mt)
-#pragma unroll
-      for (int c = 0; c < 8; ++c) s[mt][c / 4][c % 4] *= p_.scale_log2;
-  }
-
-  DENDRITE_DEVICE void mask(float (&s)[kMTiles][2][4], const WorkEntry& entry, int begin,
-                            int end) const {
-#pragma unroll
-    for (int mt = 0; mt < kMTiles; ++mt) {
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const int half = c % 4 / 2;
-        const int slot = c / 4 * 8 + lane() % 4 * 2 + c % 2;
-        const int i = query(mt, half), at = entry.pos + slot, reader = positions()[i];
-        const bool sees = i >= begin && i < end && slot < entry.len && at <= reader &&
-                          (p_.window == 0 || at > reader - p_.window);
-        if (!sees) s[mt][c / 4][c % 4] = kMinusInf;
-      }
-    }
-  }
-
-  // Turns scores into weights exp2(s - m) and updates m, l and the scale of o.
-  DENDRITE_DEVICE void weigh(float (&s)[kMTiles][2][4]) {
-    float factor[kMTiles][2];
-    bool rescale = false;
-#pragma unroll
-    for (int mt = 0; mt < kMTiles; ++mt) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int c = half * 2;
-        float top = fmaxf(fmaxf(s[mt][0][c], s[mt][0][c + 1]), fmaxf(s[mt][1][c], s[mt][1][c + 1]));
-        top = fmaxf(top, shfl_xor(top, 1));
-        top = fmaxf(top, shfl_xor(top, 2));
-        const float old = m_[mt][half];
-        const bool grew = top > old + kLazy || (old == kMinusInf && top > kMinusInf);
-        factor[mt][half] = grew ? exp2_fast(old - top) : 1.f;
-        if (grew) m_[mt][half] = top;
-        rescale |= grew;
-      }
-    }
-    if (any_sync(rescale)) {
-#pragma unroll
-      for (int mt = 0; mt < kMTiles; ++mt) {
-        l_[mt][0] *= factor[mt][0];
-        l_[mt][1] *= factor[mt][1];
-#pragma unroll
-        for (int n = 0; n < kDim / 8; ++n) {
-          o_[mt][n][0] *= factor[mt][0];
-          o_[mt][n][1] *= factor[mt][0];
-          o_[mt][n][2] *= factor[mt][1];
-          o_[mt][n][3] *= factor[mt][1];
+        for (int mt = 0; mt < kMTiles; ++mt) {
+          mma_m16n8k16<T>(s[mt][2 * j], q_[mt][step], low);
+          mma_m16n8k16<T>(s[mt][2 * j + 1], q_[mt][step], high);
         }
       }
     }
+  }
+
+  template <int kCount>
+  DENDRITE_DEVICE void mask(const WorkEntry* entries, float (&s)[kMTiles][2 * kCount][4]) const {
 #pragma unroll
-    for (int mt = 0; mt < kMTiles; ++mt) {
+    for (int j = 0; j < kCount; ++j) {
+      const WorkEntry entry = entries[j];
+      const int begin = int(entry.rows & 0xffff) * p_.group;
+      const int end = int(entry.rows >> 16) * p_.group;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float m = m_[mt][half] == kMinusInf ? 0.f : m_[mt][half];
-        const int c = half * 2;
-        s[mt][0][c] = exp2_fast(s[mt][0][c] - m);
-        s[mt][0][c + 1] = exp2_fast(s[mt][0][c + 1] - m);
-        s[mt][1][c] = exp2_fast(s[mt][1][c] - m);
-        s[mt][1][c + 1] = exp2_fast(s[mt][1][c + 1] - m);
-        l_[mt][half] += (s[mt][0][c] + s[mt][0][c + 1]) + (s[mt][1][c] + s[mt][1][c + 1]);
+      for (int mt = 0; mt < kMTiles; ++mt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int i = query(mt, half), reader = positions()[i];
+          const bool here = i >= begin && i < end;
+          const int stop = here ? min(entry.len, reader - entry.pos + 1) : 0;  // visible slots
+          const int from = p_.window > 0 ? reader - p_.window + 1 - entry.pos : 0;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const int slot = c / 2 * 8 + lane() % 4 * 2 + c % 2;
+            float& score = s[mt][2 * j + c / 2][half * 2 + c % 2];
+            if (slot >= stop || slot < from) score = kMinusInf;
+          }
+        }
       }
     }
   }
 
-  DENDRITE_DEVICE void accumulate(const T* v, const float (&s)[kMTiles][2][4]) {
-    uint32_t a[kMTiles][4];
+  // The largest of this lane's raw scores of a row.
+  template <int kCount>
+  static DENDRITE_DEVICE float top(const float (&s)[2 * kCount][4], int half) {
+    float top = kMinusInf;
+#pragma unroll
+    for (int n = 0; n < 2 * kCount; ++n)
+      top = fmaxf(top, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
+    return top;
+  }
+
+  DENDRITE_DEVICE bool has_to_grow(float m, float top) const {
+    return m == kMinusInf ? top > kMinusInf : fmaf(top, p_.scale_log2, -m) > kLazy;
+  }
+
+  // Brings the maxima up to one entry's scores.
+  DENDRITE_DEVICE void grow(const float (&s)[kMTiles][2][4]) {
 #pragma unroll
     for (int mt = 0; mt < kMTiles; ++mt) {
-      a[mt][0] = pack2<T>(s[mt][0][0], s[mt][0][1]);
-      a[mt][1] = pack2<T>(s[mt][0][2], s[mt][0][3]);
-      a[mt][2] = pack2<T>(s[mt][1][0], s[mt][1][1]);
-      a[mt][3] = pack2<T>(s[mt][1][2], s[mt][1][3]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float largest = top<1>(s[mt], half);
+        largest = fmaxf(largest, shfl_xor(largest, 1));
+        largest = fmaxf(largest, shfl_xor(largest, 2));
+        const bool grows = has_to_grow(m_[mt][half], largest);
+        if (!any_sync(grows)) continue;
+        const float m = grows ? largest * p_.scale_log2 : m_[mt][half];
+        const float factor = grows ? exp2_fast(m_[mt][half] - m) : 1.f;
+        m_[mt][half] = m;
+        l_[mt][half] *= factor;
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n) {
+          o_[mt][n][half * 2] *= factor;
+          o_[mt][n][half * 2 + 1] *= factor;
+        }
+      }
     }
+  }
+
+  // Turns raw scores into weights exp2(score - m) and adds them to l.
+  template <int kCount>
+  DENDRITE_DEVICE void weigh(float (&s)[kMTiles][2 * kCount][4]) {
+#pragma unroll
+    for (int mt = 0; mt < kMTiles; ++mt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float minus_m = m_[mt][half] == kMinusInf ? 0.f : -m_[mt][half];
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          float w[4];
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            float& score = s[mt][2 * j + c / 2][half * 2 + c % 2];
+            w[c] = score = exp2_fast(fmaf(score, p_.scale_log2, minus_m));
+          }
+          l_[mt][half] += (w[0] + w[1]) + (w[2] + w[3]);
+        }
+      }
+    }
+  }
+
+  template <int kCount>
+  DENDRITE_DEVICE void accumulate(const T* v, const float (&s)[kMTiles][2 * kCount][4]) {
     // Matrices of ldmatrix: slots 0-7 and 8-15 of dims 0-7, then of dims 8-15.
     const T* at = v + (lane() / 8 % 2 * 8 + lane() % 8) * Shared::kStride + lane() / 16 * 8;
 #pragma unroll
-    for (int n = 0; n < kSteps; ++n) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, at + n * 16);
-      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+    for (int j = 0; j < kCount; ++j) {
+      uint32_t a[kMTiles][4];
 #pragma unroll
       for (int mt = 0; mt < kMTiles; ++mt) {
-        mma_m16n8k16<T>(o_[mt][2 * n], a[mt], low);
-        mma_m16n8k16<T>(o_[mt][2 * n + 1], a[mt], high);
+        a[mt][0] = pack2<T>(s[mt][2 * j][0], s[mt][2 * j][1]);
+        a[mt][1] = pack2<T>(s[mt][2 * j][2], s[mt][2 * j][3]);
+        a[mt][2] = pack2<T>(s[mt][2 * j + 1][0], s[mt][2 * j + 1][1]);
+        a[mt][3] = pack2<T>(s[mt][2 * j + 1][2], s[mt][2 * j + 1][3]);
+      }
+#pragma unroll
+      for (int n = 0; n < kSteps; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, at + j * kUnit * Shared::kStride + n * 16);
+        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+        for (int mt = 0; mt < kMTiles; ++mt) {
+          mma_m16n8k16<T>(o_[mt][2 * n], a[mt], low);
+          mma_m16n8k16<T>(o_[mt][2 * n + 1], a[mt], high);
+        }
       }
     }
   }
@@ -310,30 +387,25 @@ class AttentionWarp {
     }
   }
 
-  // Reads segment and block again: they are not worth registers in the main loop.
-  DENDRITE_DEVICE void finish(int index) {
-    const WorkSegment segment = read_segment(p_.work, index);
-    const WorkBlock block = read_block(p_.work, segment.block);
+  // Reads the segment again: it is not worth registers in the main loop.
+  DENDRITE_DEVICE int finish(int index) {
+    const WorkSegment segment = read_segment(p_, index);
     gather_l();
-    if (segment.slot < 0) {
-      write_out(block);
-      return;
-    }
-    write_partial(segment.slot);
-    int* flag = reinterpret_cast<int*>(smem_ + Shared::kFlagAt);
-    if (last_to_arrive(p_, segment, block, head(), flag))
-      merge_partials<T, kQTile, kDim>(p_, block, head());
-    sync_block();
+    if (segment.slot < 0)
+      write_out(segment.row_begin);
+    else
+      write_partial(segment.slot);
+    return segment.next;
   }
 
-  DENDRITE_DEVICE void write_out(const WorkBlock& block) const {
+  DENDRITE_DEVICE void write_out(int row_begin) const {
 #pragma unroll
     for (int mt = 0; mt < kMTiles; ++mt) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = query(mt, half);
         if (i >= num_queries_) continue;
-        T* out = static_cast<T*>(p_.out) + query_offset(p_, block, i, head(), kDim) + lane() % 4 * 2;
+        T* out = static_cast<T*>(p_.out) + query_offset(p_, row_begin, i, head(), kDim) + lane() % 4 * 2;
         const float l = l_[mt][half];
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n)
@@ -373,9 +445,12 @@ class AttentionWarp {
   float o_[kMTiles][kDim / 8][4];
 };
 
+#ifndef DENDRITE_OCC
+#define DENDRITE_OCC 3
+#endif
 // Blocks that a multiprocessor should hold: bounds the registers of a thread.
 constexpr int attention_blocks(int dim, int m_tiles) {
-  return dim <= 64 && m_tiles == 1 ? 4 : dim <= 128 && m_tiles == 1 ? 3 : 2;
+  return dim <= 128 && m_tiles == 1 ? DENDRITE_OCC : 2;
 }
 
 template <class T, int kDim, int kMTiles, int kTile>
@@ -384,11 +459,8 @@ tree_attention_kernel(TreeAttentionParams p) {
   DENDRITE_SHARED_MEMORY(char, smem);
   grid_dependency_wait();
   grid_dependency_launch();
-  const int worker = blockIdx.x;
-  if (worker >= p.work[kNumWorkers]) return;
-  const int* indptr = p.work + p.work[kSegmentIndptr];
   AttentionWarp<T, kDim, kMTiles, kTile> warp(p, smem);
-  for (int s = indptr[worker]; s < indptr[worker + 1]; ++s) warp.run(s);
+  for (int index = blockIdx.x; index >= 0;) index = warp.run(index);
 }
 
 }  // namespace dendrite

@@ -17,8 +17,7 @@ struct AttentionSharedF32 {
   static constexpr int kKAt = kOAt + kQueries * kDim * 4;
   static constexpr int kVAt = kKAt + kUnit * kStride * 4;
   static constexpr int kStateAt = kVAt + kUnit * kStride * 4;  // m, l, position of each query
-  static constexpr int kFlagAt = kStateAt + 3 * kQueries * 4;
-  static constexpr int kBytes = kFlagAt + 16;
+  static constexpr int kBytes = kStateAt + 3 * kQueries * 4;
 };
 
 template <int kDim>
@@ -37,16 +36,17 @@ class AttentionBlockF32 {
     m_ = reinterpret_cast<float*>(smem + Shared::kStateAt);
     l_ = m_ + kQueries;
     position_ = reinterpret_cast<int*>(l_ + kQueries);
-    flag_ = reinterpret_cast<int*>(smem + Shared::kFlagAt);
   }
 
-  DENDRITE_DEVICE void run(int index) {
-    const WorkSegment segment = read_segment(p_.work, index);
-    block_ = read_block(p_.work, segment.block);
-    num_queries_ = block_.num_rows * p_.group;
+  // Takes one segment; returns the worker's next one, or -1.
+  DENDRITE_DEVICE int run(int index) {
+    const WorkSegment segment = read_segment(p_, index);
+    if (segment.count == 0) return -1;
+    row_begin_ = segment.row_begin;
+    num_queries_ = segment.num_rows * p_.group;
     start();
-    const auto* entries = reinterpret_cast<const WorkEntry*>(p_.work + p_.work[kEntries]);
-    for (int e = segment.entry_begin; e < segment.entry_end; ++e) {
+    const auto* entries = reinterpret_cast<const WorkEntry*>(p_.work + segment.entries);
+    for (int e = 0; e < segment.count; ++e) {
       const WorkEntry entry = entries[e];
       if (entry.len == 0) continue;
       sync_block();
@@ -58,6 +58,7 @@ class AttentionBlockF32 {
     }
     sync_block();
     finish(segment);
+    return segment.next;
   }
 
  private:
@@ -65,14 +66,14 @@ class AttentionBlockF32 {
     for (int at = threadIdx.x; at < kQueries * kDim; at += kThreads) {
       const int i = at / kDim, d = at % kDim;
       const bool valid = i < num_queries_;
-      q_[at] = valid ? static_cast<const float*>(p_.q)[query_offset(p_, block_, i, head_, kDim) + d]
+      q_[at] = valid ? static_cast<const float*>(p_.q)[query_offset(p_, row_begin_, i, head_, kDim) + d]
                      : 0.f;
       o_[at] = 0.f;
     }
     for (int i = threadIdx.x; i < kQueries; i += kThreads) {
       m_[i] = kMinusInf;
       l_[i] = 0.f;
-      position_[i] = i < num_queries_ ? p_.positions[block_.row_begin + i / p_.group] : -1;
+      position_[i] = i < num_queries_ ? p_.positions[row_begin_ + i / p_.group] : -1;
     }
   }
 
@@ -128,32 +129,25 @@ class AttentionBlockF32 {
     for (int at = threadIdx.x; at < num_queries_ * kDim; at += kThreads) {
       const int i = at / kDim, d = at % kDim;
       if (segment.slot < 0) {
-        float* out = static_cast<float*>(p_.out) + query_offset(p_, block_, i, head_, kDim);
+        float* out = static_cast<float*>(p_.out) + query_offset(p_, row_begin_, i, head_, kDim);
         out[d] = normalised(o_[at], l_[i]);
       } else {
         PartialView<kQueries, kDim>(p_, segment.slot, head_).o[at] = o_[at];
       }
     }
-    if (segment.slot < 0) {
-      sync_block();  // the next segment overwrites o and l
-      return;
-    }
-    for (int i = threadIdx.x; i < num_queries_; i += kThreads) {
+    for (int i = threadIdx.x; segment.slot >= 0 && i < num_queries_; i += kThreads) {
       float* ml = PartialView<kQueries, kDim>(p_, segment.slot, head_).ml + 2 * i;
       ml[0] = m_[i];
       ml[1] = l_[i];
     }
-    if (last_to_arrive(p_, segment, block_, head_, flag_))
-      merge_partials<float, kQueries, kDim>(p_, block_, head_);
-    sync_block();
+    sync_block();  // the next segment overwrites o, m and l
   }
 
   const TreeAttentionParams& p_;
   const int head_, lane_, warp_;
   float *q_, *o_, *k_, *v_, *m_, *l_;
-  int *position_, *flag_;
-  WorkBlock block_;
-  int num_queries_;
+  int* position_;
+  int row_begin_, num_queries_;
 };
 
 template <int kDim>
@@ -161,11 +155,8 @@ DENDRITE_KERNEL tree_attention_f32_kernel(TreeAttentionParams p) {
   DENDRITE_SHARED_MEMORY(char, smem);
   grid_dependency_wait();
   grid_dependency_launch();
-  const int worker = blockIdx.x;
-  if (worker >= p.work[kNumWorkers]) return;
-  const int* indptr = p.work + p.work[kSegmentIndptr];
   AttentionBlockF32<kDim> block(p, smem);
-  for (int s = indptr[worker]; s < indptr[worker + 1]; ++s) block.run(s);
+  for (int index = blockIdx.x; index >= 0;) index = block.run(index);
 }
 
 }  // namespace dendrite

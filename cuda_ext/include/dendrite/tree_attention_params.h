@@ -12,9 +12,9 @@ struct TreeAttentionParams {
   const int32_t* positions;  // [rows]
   const int32_t* work;       // see attention_work.h
   float* partials;           // [max_slots * kv_heads * q_tile * (head_dim + 2)]
-  int32_t* counters;         // [blocks * kv_heads], zero before and after every launch
   void* out;                 // [rows, heads, head_dim]
   int32_t heads, kv_heads, group, page_shift, window, max_slots;
+  int32_t rows_per_block, segments_at;  // of the work list
   float scale_log2;  // scale * log2(e)
 };
 

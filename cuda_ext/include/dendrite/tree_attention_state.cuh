@@ -41,65 +41,58 @@ struct PartialView {
   }
 };
 
-DENDRITE_DEVICE WorkSegment read_segment(const int32_t* work, int index) {
-  return reinterpret_cast<const WorkSegment*>(work + work[kSegments])[index];
+DENDRITE_DEVICE WorkSegment read_segment(const TreeAttentionParams& p, int index) {
+  return reinterpret_cast<const WorkSegment*>(p.work + p.segments_at)[index];
 }
 
-DENDRITE_DEVICE WorkBlock read_block(const int32_t* work, int index) {
-  return reinterpret_cast<const WorkBlock*>(work + work[kBlocks])[index];
-}
-
-// Element of q or out where query i of a block starts.
-DENDRITE_DEVICE size_t query_offset(const TreeAttentionParams& p, const WorkBlock& block, int i,
-                                    int head, int dim) {
+// Element of q or out where query i of the rows from `row_begin` on starts.
+DENDRITE_DEVICE size_t query_offset(const TreeAttentionParams& p, int row_begin, int i, int head,
+                                    int dim) {
   const int row = i / p.group;
-  return (size_t(block.row_begin + row) * p.heads + head * p.group + (i - row * p.group)) * dim;
+  return (size_t(row_begin + row) * p.heads + head * p.group + (i - row * p.group)) * dim;
 }
 
-// Merges the partial results of a block in slot order; called by every thread of the block's last
-// segment to finish. A row that a segment did not touch has m = -inf there and no o.
+// Second launch: merges the partial results of rows whose block has more than one segment, in slot
+// order. blockIdx = (row, kv head, part of the values); a thread owns four values. A row that a segment did not touch
+// has m = -inf there and no o.
 template <class T, int kQTile, int kDim>
-DENDRITE_DEVICE void merge_partials(const TreeAttentionParams& p, const WorkBlock& block, int head) {
-  constexpr int kLanes = kDim / 4;  // threads per query
-  const int queries = block.num_rows * p.group;
-  const int lane = threadIdx.x % kLanes;
-  const int rows_at_once = blockDim.x / kLanes;
-  if (int(threadIdx.x) >= rows_at_once * kLanes) return;
-  for (int i = threadIdx.x / kLanes; i < queries; i += rows_at_once) {
-    float m = kMinusInf, l = 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
-    for (int s = 0; s < block.num_slots; ++s) {
-      const PartialView<kQTile, kDim> partial(p, block.first_slot + s, head);
-      const float m_s = partial.ml[2 * i], l_s = partial.ml[2 * i + 1];
-      if (m_s == kMinusInf) continue;
-      const float4 o_s = *reinterpret_cast<const float4*>(partial.o + size_t(i) * kDim + lane * 4);
-      float w, w_s;
-      m = fold_weights(m, m_s, w, w_s);
-      l = fold(l, w, l_s, w_s);
-      o[0] = fold(o[0], w, o_s.x, w_s);
-      o[1] = fold(o[1], w, o_s.y, w_s);
-      o[2] = fold(o[2], w, o_s.z, w_s);
-      o[3] = fold(o[3], w, o_s.w, w_s);
+DENDRITE_KERNEL merge_partials_kernel(TreeAttentionParams p) {
+  constexpr int kAhead = 8;  // slots whose values are on their way at once
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int row = blockIdx.x, head = blockIdx.y;
+  const WorkBlock block =
+      reinterpret_cast<const WorkBlock*>(p.work + kWorkHeader)[row / p.rows_per_block];
+  if (block.num_slots == 0 || row >= block.row_begin + block.num_rows) return;  // padding too
+  const int at = (blockIdx.z * blockDim.x + threadIdx.x) * 4;  // in [group, kDim]
+  if (at >= p.group * kDim) return;
+  const int i = (row - block.row_begin) * p.group + at / kDim;
+  float m = kMinusInf, l = 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int first = 0; first < block.num_slots; first += kAhead) {
+    float2 ml[kAhead];
+    float4 part[kAhead];
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      const int slot = block.first_slot + min(first + s, block.num_slots - 1);
+      const PartialView<kQTile, kDim> partial(p, slot, head);
+      ml[s] = *reinterpret_cast<const float2*>(partial.ml + 2 * i);
+      part[s] = *reinterpret_cast<const float4*>(partial.o + size_t(i) * kDim + at % kDim);
     }
-    T* out = static_cast<T*>(p.out) + query_offset(p, block, i, head, kDim) + lane * 4;
-    for (int c = 0; c < 4; ++c) out[c] = from_float<T>(normalised(o[c], l));
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      if (first + s >= block.num_slots || ml[s].x == kMinusInf) continue;
+      float w, w_s;
+      m = fold_weights(m, ml[s].x, w, w_s);
+      l = fold(l, w, ml[s].y, w_s);
+      o[0] = fold(o[0], w, part[s].x, w_s);
+      o[1] = fold(o[1], w, part[s].y, w_s);
+      o[2] = fold(o[2], w, part[s].z, w_s);
+      o[3] = fold(o[3], w, part[s].w, w_s);
+    }
   }
-}
-
-// True in every thread of the block whose segment is the last of its work block to finish. What
-// the others wrote is visible then, and the counter is zero again. `flag` is shared memory.
-DENDRITE_DEVICE bool last_to_arrive(const TreeAttentionParams& p, const WorkSegment& segment,
-                                    const WorkBlock& block, int head, int* flag) {
-  thread_fence();
-  sync_block();
-  if (threadIdx.x == 0) {
-    int* counter = p.counters + segment.block * p.kv_heads + head;
-    const bool last = atomic_add(counter, 1) == block.num_slots - 1;
-    if (last) *counter = 0;
-    *flag = last;
-  }
-  sync_block();
-  thread_fence();
-  return *flag != 0;
+  T* out = static_cast<T*>(p.out) + (size_t(row) * p.heads + head * p.group) * kDim + at;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) out[c] = from_float<T>(normalised(o[c], l));
 }
 
 }  // namespace dendrite

@@ -12,7 +12,7 @@ import torch
 UNIT = 16  # slots of an entry
 TWIN_WORKERS = 4  # what the twin answers when asked how many workers fill the device
 
-_HEADER = 8
+_HEADER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,46 +20,60 @@ class WorkList:
     """A work list taken apart.
 
     Attributes:
-        indptr: [workers + 1] segments of each worker.
-        segments: [S, 4] block, first entry, one past the last entry, slot or -1.
         blocks: [B, 4] first row, rows, slots, first slot.
-        entries: [E, 4] first slot in the pool, its position, readers (first | end << 16), length.
+        segments: [S, 8] where its entries start, how many, slot or -1, first row, rows, next
+            segment of the worker or -1, block, unused; the first ones belong to workers 0, 1, ...
+        work: the list itself.
     """
 
-    indptr: torch.Tensor
-    segments: torch.Tensor
     blocks: torch.Tensor
-    entries: torch.Tensor
+    segments: torch.Tensor
+    work: torch.Tensor
 
     @classmethod
-    def read(cls, work: torch.Tensor) -> WorkList:
-        """Views into the int32 list `work`."""
-        workers, indptr, segments, blocks, entries, count, _, _ = work[:_HEADER].tolist()
-        ends = work[indptr : indptr + workers + 1]
-        last = int(work[segments : segments + 4 * int(ends[-1])].view(-1, 4)[:, 2].max(0)[0])
-        return cls(
-            ends,
-            work[segments : segments + 4 * int(ends[-1])].view(-1, 4),
-            work[blocks : blocks + 4 * count].view(-1, 4),
-            work[entries : entries + 4 * last].view(-1, 4),
-        )
+    def read(cls, work: torch.Tensor, rows: int, rows_per_block: int) -> WorkList:
+        """Views into the int32 list `work` of a batch of `rows` rows."""
+        end = _HEADER + 4 * -(-rows // rows_per_block)
+        blocks = work[_HEADER:end].view(-1, 4)
+        return cls(blocks, work[end : end + 8 * int(work[1])].view(-1, 8), work)
+
+    def entries(self, segment: list[int]) -> torch.Tensor:
+        """[E, 4] first slot in the pool, its position, readers (first | end << 16), length."""
+        return self.work[segment[0] : segment[0] + 4 * segment[1]].view(-1, 4)
+
+    def of_workers(self) -> list[list[list[int]]]:
+        """The segments of each worker in its order."""
+        listed = self.segments.tolist()
+        reached = {segment[5] for segment in listed}
+        chains = []
+        for index in range(len(listed)):
+            if index in reached:
+                continue
+            chain, at = [], index
+            while at >= 0:
+                chain.append(listed[at])
+                at = listed[at][5]
+            chains.append(chain)
+        return chains
 
 
 def tree_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, positions: torch.Tensor,
-    work: torch.Tensor, partials: torch.Tensor, counters: torch.Tensor, out: torch.Tensor,
+    work: torch.Tensor, partials: torch.Tensor, out: torch.Tensor,
     scale: float, window: int, q_tile: int, workers: int,
 ) -> None:  # fmt: skip
     """Attend every row of the work list's blocks to the entries it reads; in fp32, per block."""
-    del partials, counters, q_tile, workers
+    del partials, workers
     if q.shape[0] == 0:
         return
-    listed = WorkList.read(work.cpu())
-    owner: dict[int, list[torch.Tensor]] = {}
-    for block, begin, end, _ in listed.segments.tolist():
-        owner.setdefault(block, []).append(listed.entries[begin:end])
-    for index, parts in owner.items():
-        first, count = listed.blocks[index, :2].tolist()
+    group = q.shape[1] // k_pages.shape[1]
+    listed = WorkList.read(work.cpu(), q.shape[0], max(1, q_tile // group))
+    # The pieces of a block in list order: a row's entries come in increasing position.
+    pieces = sorted((s for s in listed.segments.tolist() if s[1] > 0), key=lambda s: s[0])
+    blocks: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for segment in pieces:
+        blocks.setdefault((segment[3], segment[4]), []).append(listed.entries(segment))
+    for (first, count), parts in blocks.items():
         rows = slice(first, first + count)
         out[rows] = _block(
             q[rows], k_pages, v_pages, positions[rows], torch.cat(parts), scale, window
