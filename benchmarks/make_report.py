@@ -1,7 +1,8 @@
 """Writes BENCHMARKS.md from the reports in benchmarks/results/*.json. Run: python
 benchmarks/make_report.py
 
-With --check it fails when BENCHMARKS.md is not what the stored reports give.
+Reports called gpu-*.json make the part about GPUs (gpu_tables.py). With --check it fails when
+BENCHMARKS.md is not what the stored reports give.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import gpu_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLES = {
@@ -63,10 +66,14 @@ def render() -> str:
         INTRODUCTION,
     ]
     results = sorted((ROOT / "benchmarks/results").glob("*.json"))
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in results]
+    loaded = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in results}
+    reports = [report for name, report in loaded.items() if not name.startswith("gpu-")]
     order = list(TITLES)
     reports.sort(key=lambda r: order.index(r["benchmark"]) if r["benchmark"] in order else 99)
     parts += [section(report) for report in reports]
+    on_gpu = [report for name, report in loaded.items() if name.startswith("gpu-")]
+    if on_gpu:
+        parts.append(gpu_tables.render(on_gpu))
     return "\n".join(parts)
 
 

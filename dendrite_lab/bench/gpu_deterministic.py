@@ -33,7 +33,9 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     parser.add_argument("--branches", type=int, nargs="+", default=[64])
     parser.add_argument("--prefix", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=128, help="steps that are timed")
-    parser.add_argument("--again", type=int, default=1000, help="repeats of one branch")
+    parser.add_argument(
+        "--again", type=int, default=1000, help="repeats of one branch; a fifth with the mode off"
+    )
     parser.add_argument("--again-tokens", type=int, default=8)
     parser.add_argument("--neighbours", type=int, default=63, help="at most")
     args = parser.parse_args(list(argv))
@@ -46,7 +48,10 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
         }
         reports = {name: without_folders(engine.report()) for name, engine in engines.items()}
         rows = [_steps(shape, engines, args, count) for count in args.branches]
-        again = [_again(shape, name, engine, args) for name, engine in engines.items()]
+        again = [
+            _again(shape, name, engine, args, args.again if MODES[name] else -(-args.again // 5))
+            for name, engine in engines.items()
+        ]
     return measure.report(
         "deterministic", argv, rows, again=again, shape=args.shape, engine=reports["on"]
     )
@@ -85,7 +90,9 @@ def _steps(
     return row
 
 
-def _again(shape: Shape, name: str, engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+def _again(
+    shape: Shape, name: str, engine: Engine, args: argparse.Namespace, repeats: int
+) -> dict[str, Any]:
     """Different results of one branch over many repeats beside random neighbours."""
     rng = np.random.default_rng(5)
     root = engine.prompt(random_ids(shape, args.prefix // 4 - 3, 4))
@@ -93,7 +100,7 @@ def _again(shape: Shape, name: str, engine: Engine, args: argparse.Namespace) ->
     greedy = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=args.again_tokens)
     seen: dict[tuple[Any, ...], int] = {}
     at = root.num_tokens - 5  # inside: the first token's logits are computed anew each time
-    for _ in range(args.again):
+    for _ in range(repeats):
         subject = root.fork(1, at=at)[0]
         neighbours = _neighbours(rng, (root, other), int(rng.integers(0, args.neighbours + 1)))
         params = [
@@ -114,11 +121,11 @@ def _again(shape: Shape, name: str, engine: Engine, args: argparse.Namespace) ->
             branch.prune()
     root.prune()
     other.prune()
-    say(f"{args.again} repeats, mode {name}: {len(seen)} different results")
+    say(f"{repeats} repeats, mode {name}: {len(seen)} different results")
     tokens = {result[: args.again_tokens] for result in seen}
     return {
         "mode": name,
-        "repeats": args.again,
+        "repeats": repeats,
         "neighbours": f"0..{args.neighbours}",
         "tokens": args.again_tokens,
         "different_results": len(seen),
