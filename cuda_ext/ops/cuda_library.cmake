@@ -30,7 +30,7 @@ endforeach()
 add_library(dendrite_cuda MODULE ${BINDINGS} ${OBJECTS})
 dendrite_device_library(dendrite_cuda)
 target_compile_definitions(dendrite_cuda PRIVATE USE_CUDA
-  DENDRITE_BUILT_FOR="sm_${DENDRITE_CUDA_ARCHS}, CUDA ${CUDAToolkit_VERSION}")
+  DENDRITE_BUILT_FOR="sm_${NVCC_ARCHS}, CUDA ${CUDAToolkit_VERSION}")
 target_link_libraries(dendrite_cuda PRIVATE CUDA::cudart_static)
 target_link_options(dendrite_cuda PRIVATE -s)
 

@@ -14,16 +14,18 @@ if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
   set(EMULATOR_MISSING "it is built on Linux only")
 endif()
 
-# Sets NVCC_GENCODE to the flags of the architectures that this nvcc knows.
+# Sets NVCC_ARCHS to the architectures that this nvcc knows, and NVCC_GENCODE to their flags.
 function(dendrite_gencode)
   execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE known)
   string(REGEX MATCHALL "[A-Za-z0-9]+" archs "${DENDRITE_CUDA_ARCHS}")
   set(flags "")
+  set(taken "")
   set(unknown "")
   foreach(arch ${archs})
     string(REGEX REPLACE "[a-z]" "" number ${arch})
     if(known MATCHES "compute_${number}\n")
       list(APPEND flags "-gencode=arch=compute_${arch},code=sm_${arch}")
+      list(APPEND taken ${arch})
       set(highest ${arch})
     else()
       list(APPEND unknown ${arch})
@@ -36,6 +38,8 @@ function(dendrite_gencode)
     list(APPEND flags "-gencode=arch=compute_${highest},code=compute_${highest}")
   endif()
   set(NVCC_GENCODE ${flags} PARENT_SCOPE)
+  list(JOIN taken "," taken)
+  set(NVCC_ARCHS ${taken} PARENT_SCOPE)
 endfunction()
 
 # Sets CUDA_MISSING when nvcc can't compile for the first architecture with this C++ compiler.
@@ -75,7 +79,7 @@ if(DENDRITE_CUDA STREQUAL "OFF")
   message(STATUS "dendrite: CUDA kernels left out: DENDRITE_CUDA is OFF")
 elseif(NOT CUDA_MISSING)
   set(DENDRITE_BUILD_CUDA ON)
-  message(STATUS "dendrite: CUDA kernels for ${DENDRITE_CUDA_ARCHS} with ${NVCC} "
+  message(STATUS "dendrite: CUDA kernels for sm_${NVCC_ARCHS} with ${NVCC} "
     "${CUDAToolkit_VERSION} against torch ${TORCH_FOUND}")
 elseif(DENDRITE_CUDA STREQUAL "ON")
   message(FATAL_ERROR "dendrite: DENDRITE_CUDA is ON, but ${CUDA_MISSING}")
