@@ -104,11 +104,3 @@ def copy_pages(
         if 0 <= source < pages and 0 <= target < pages and used > 0:
             k_all[:, target, :, :used] = k_all[:, source, :, :used]
             v_all[:, target, :, :used] = v_all[:, source, :, :used]
-
-
-def skinny_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """Out [M, N] = x [M, K] weight^T [N, K] + bias [N], summed in fp32."""
-    product = x.float() @ weight.float().T
-    out.copy_(product if bias is None else product + bias.float())
