@@ -57,6 +57,7 @@ class Case:
         k, v: [copies, pages, kv_heads, page_size, head_dim].
         scale: factor on the scores.
         device: where it runs.
+        exact: fp32 results of the sampled rows, once they were needed.
     """
 
     planned: Planned
@@ -66,6 +67,7 @@ class Case:
     v: torch.Tensor
     scale: float
     device: torch.device
+    exact: torch.Tensor | None = None
 
     @property
     def copies(self) -> int:
@@ -120,9 +122,9 @@ def make_case(
 def relative_error(case: Case, out: torch.Tensor) -> float:
     """||out - exact|| / ||exact|| over some rows, against fp32 attention over each row's pages."""
     rows = sampled_rows(out.shape[0])
-    exact = torch.stack([_exact_row(case, row) for row in rows])
-    got = out[torch.tensor(rows, device=out.device)].float()
-    return float(torch.linalg.vector_norm(got - exact) / torch.linalg.vector_norm(exact))
+    if case.exact is None:
+        case.exact = torch.stack([_exact_row(case, row) for row in rows])
+    return distance(out[torch.tensor(rows, device=out.device)], case.exact)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -63,17 +63,25 @@ def run_jobs(
 
     A peer that can't start or fails is named with the reason under `troubles`.
     """
-    results: dict[str, Result] = {}
-    with open_engine(args, tokens, **options) as engine:
-        engine_report = without_folders(engine.report())
-        for job in jobs:
-            results[job.work] = job.ours(engine)
-            say(f"{job.work}: {measure.spread(results[job.work].values)} {job.unit}")
+    results, engine_report = _run_ours(args, jobs, tokens, options)
+    release()
     peers, troubles = _run_peers(args, jobs)
     rows = [_row(job, results[job.work], peers) for job in jobs]
     return measure.report(
         name, argv, rows, shape=args.shape, engine=engine_report, troubles=troubles
     )
+
+
+def _run_ours(
+    args: argparse.Namespace, jobs: Sequence[Job], tokens: int, options: Mapping[str, Any]
+) -> tuple[dict[str, Result], dict[str, str]]:
+    """Results by work, and what ran. Nothing of the engine is left when this returns."""
+    results: dict[str, Result] = {}
+    with open_engine(args, tokens, **options) as engine:
+        for job in jobs:
+            results[job.work] = job.ours(engine)
+            say(f"{job.work}: {measure.spread(results[job.work].values)} {job.unit}")
+        return results, without_folders(engine.report())
 
 
 def _run_peers(

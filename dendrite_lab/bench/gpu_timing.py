@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MIN_CALLS = 8  # of a graph, so that its launch does not count
 MAX_COPIES = 64
+MIN_REPEATS = 5
+MAX_SECONDS = 0.25  # of timed launches, where so many repeats would take longer
 CACHE_TIMES = 3  # all copies together are this many times the L2 cache
 
 Call = Callable[[int], "torch.Tensor"]
@@ -41,7 +43,7 @@ def microseconds(call: Call, copies: int, device: torch.device, repeats: int = 2
         call: launches the work on copy i of its inputs; its host side must be done already.
         copies: of the inputs.
         device: where it runs; on a CPU the calls are timed one after the other.
-        repeats: graph launches that are timed.
+        repeats: graph launches that are timed, at most.
     """
     if device.type != "cuda":
         return [_seconds(call, copies) * 1e6 for _ in range(repeats)]
@@ -49,35 +51,49 @@ def microseconds(call: Call, copies: int, device: torch.device, repeats: int = 2
 
     calls = copies * max(1, -(-MIN_CALLS // copies))
     graph = _capture(call, copies, calls)
-    for _ in range(3):
-        graph.replay()
+    graph.replay()
+    torch.cuda.synchronize(device)
+    first = _replays(graph, 1)[0]
+    repeats = min(repeats, max(MIN_REPEATS, int(MAX_SECONDS * 1e6 / max(first, 1.0))))
+    times = [elapsed / calls for elapsed in _replays(graph, repeats)]
+    graph.reset()
+    return times
+
+
+def _replays(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+    """Microseconds of each of `count` launches of a graph, one after the other."""
+    import torch
+
     marks = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(repeats)
+        for _ in range(count)
     ]
     for begin, end in marks:
         begin.record()
         graph.replay()
         end.record()
-    torch.cuda.synchronize(device)
-    times = [begin.elapsed_time(end) * 1e3 / calls for begin, end in marks]
-    graph.reset()
-    return times
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) * 1e3 for begin, end in marks]
 
 
 def _capture(call: Call, copies: int, calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of `calls` calls over the copies in turn; each call has run once before."""
     import torch
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         for index in range(min(copies, 2)):
             call(index)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(calls):
-            call(index % copies)
+        torch.cuda.synchronize()
+        # `torch.cuda.graph` would also empty the allocator's cache each time.
+        graph.capture_begin()
+        try:
+            for index in range(calls):
+                call(index % copies)
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
     return graph
 
 
