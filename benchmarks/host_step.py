@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import hashlib
 import itertools
 import pstats
 import statistics
@@ -40,6 +41,15 @@ from dendrite_engine.tree.branch import Branch
 from dendrite_engine.types import TokenEvent
 
 VOCAB = 32_000
+
+
+def _iterations_per_second() -> float:
+    start = time.perf_counter()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000)
+    return 20_000 / (time.perf_counter() - start)
+
+
+ITERATIONS_PER_SECOND = _iterations_per_second()
 
 
 class Clock:
@@ -89,11 +99,11 @@ class FakeTokens:
         self._clock, self._tokens, self._ready = clock, tokens, ready
 
     def wait(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sleep until they are ready, without the interpreter's lock."""
+        """Spin until they are ready, without the interpreter's lock, as CUDA does."""
         self._clock.waiting.append(time.perf_counter())
         left = self._ready - time.perf_counter()
         if left > 0:
-            time.sleep(left)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", max(1, int(left * ITERATIONS_PER_SECOND)))
         logprobs = np.full(len(self._tokens), -1.0, np.float32)
         self._clock.known.append(time.perf_counter())
         return self._tokens, logprobs
@@ -170,9 +180,13 @@ def measure(branches: int, args: argparse.Namespace) -> dict[str, float]:
     params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=args.tokens)
     heard: list[TokenEvent] = []
     on_event = heard.append if args.listen else None
+    busy = threading.Event()
+    if args.busy:
+        threading.Thread(target=_compute, args=(busy,), daemon=True).start()
     start = time.perf_counter()
     engine._start(Job(forks, [params] * branches, on_event=on_event)).result()
     total = time.perf_counter() - start
+    busy.set()
     engine.close()
     # The first tokens come from the logits of the root, without a forward pass.
     critical = [b - a for a, b in zip(clock.known, clock.launched, strict=False)]
@@ -185,6 +199,12 @@ def measure(branches: int, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def _compute(until: threading.Event) -> None:
+    """A user's thread that never waits."""
+    while not until.is_set():
+        sum(range(1000))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one line for each number of branches."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -192,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--device-ms", type=float, default=0.0, help="time of a step on the device")
     parser.add_argument("--listen", action="store_true", help="a callback hears every event")
+    parser.add_argument("--busy", action="store_true", help="another Python thread computes")
     parser.add_argument("--profile", action="store_true", help="profile the engine thread")
     args = parser.parse_args(argv)
     profile = cProfile.Profile()

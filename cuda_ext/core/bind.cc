@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <numeric>
 #include <optional>
 
 #include "arrays.h"
@@ -105,7 +106,9 @@ nb::object plan(PyCore& self, nb::handle branches, nb::handle quotas) {
   ArrayArg<int32_t> limits(quotas, "quotas");
   check_same_size("branches", handles.size(), "quotas", limits.size());
   auto made = std::make_unique<PyPlan>(self.core);
-  call_without_gil([&] {
+  // A decoding step keeps the GIL: a thread that computes would give it back only after its turn.
+  const int64_t most_rows = std::accumulate(limits.data(), limits.data() + limits.size(), int64_t{0});
+  call_maybe_without_gil(most_rows > static_cast<int64_t>(kManyTokens), [&] {
     made->id = self.core->plan(handles.data(), limits.data(), limits.size(), made->arrays);
   });
   // nanobind deletes the plan together with its Python object.
@@ -315,7 +318,11 @@ void bind_plan(nb::module_& m) {
                    "Items.")
       .def_prop_ro("num_nodes", [](PyPlan& p) { return p.arrays.node_pos.size(); },
                    "Attention nodes (N).")
-      .def("commit", [](PyPlan& p) { call_without_gil([&] { p.core->commit(p.id); }); },
+      .def("commit",
+           [](PyPlan& p) {
+             const bool release = p.arrays.positions.size() > kManyTokens;
+             call_maybe_without_gil(release, [&] { p.core->commit(p.id); });
+           },
            docs::kCommit)
       .def("cancel", [](PyPlan& p) { p.core->cancel(p.id); }, docs::kCancel);
 }
