@@ -123,10 +123,9 @@ SkinnyPlan plan_skinny_linear(int rows, int columns, int inputs, bool gated, int
                   shared_bytes;
   if (!plan.wide) {
     spread(plan, columns, multiprocessors, plan.tiles * tile);
-    plan.ahead = kAheadBytes / (plan.tiles * kSkinnyWarps * 1024);
+    plan.ahead = kAheadBytes / (inputs * 2);
     return plan;
   }
-  plan.ahead = kAheadBytes / (kSkinnyWarps * 2048);
   double best = 0;
   SkinnyPlan found = plan;
   for (plan.splits = 1; plan.splits <= kSkinnyPairs; plan.splits *= 2) {
@@ -136,6 +135,7 @@ SkinnyPlan plan_skinny_linear(int rows, int columns, int inputs, bool gated, int
     best = time;
     found = plan;
   }
+  found.ahead = kAheadBytes / (inputs * 2) * found.splits;
   return found;
 }
 

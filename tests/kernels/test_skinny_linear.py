@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 import torch
-from device_cases import Target, assert_close, same_bits
+from device_cases import Target, assert_close, make_target, same_bits
 
 from dendrite_engine.kernels import device_ops
 from dendrite_engine.kernels import device_reference_linear as twin
@@ -130,6 +130,22 @@ def test_blocks_that_share_the_inputs_give_the_same_bits(target: Target, gated):
         else:
             target.ops.skinny_linear(given, weight, None, part)
     assert same_bits(torch.cat(few), out)
+
+
+@pytest.mark.parametrize(("order", "seed"), [(1, 0), (2, 1), (2, 2)])
+@pytest.mark.parametrize("rows", [5, 12, 40])
+def test_the_order_of_threads_does_not_matter(rows, order, seed):
+    target = make_target("emulated")
+    x, weight = operands(target, rows, 300, 1032)
+    out, want = target.poisoned(2, rows, 300)
+    target.ops.skinny_linear(x, weight, None, want)
+    library = ctypes.CDLL(str(device_ops.load_emulated().path))
+    library.dendrite_emulator_set_order(order, ctypes.c_uint64(seed))
+    try:
+        target.ops.skinny_linear(x, weight, None, out)
+    finally:
+        library.dendrite_emulator_set_order(0, ctypes.c_uint64(0))
+    assert same_bits(out, want)
 
 
 def bad_calls(target: Target) -> dict[str, tuple]:

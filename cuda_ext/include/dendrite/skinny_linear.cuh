@@ -4,8 +4,8 @@
 // copies the weights and the x that it will multiply into a ring of its own in shared memory
 // (cp.async), so the loop has no barrier: only the end of a round of columns has, where the slices
 // are added. The ring runs on across rounds. Before the kernel ahead has ended the whole ring of
-// weights is asked for, and the stages behind it into L2: a chain of small kernels reads weights
-// without a gap.
+// weights is asked for, and weight rows behind it into L2: a chain of small kernels reads weights
+// without a gap. So weights may not be written by a kernel right ahead of this one.
 #pragma once
 
 #include "skinny_linear_common.cuh"
@@ -133,10 +133,10 @@ DENDRITE_KERNEL __launch_bounds__(kSkinnyThreads, 2) skinny_linear_kernel(Skinny
     }
     cp_async_commit();
   }
-  // Lanes 16 to 31 take every other round where there is one tile of 16 weight rows.
-  skinny_prefetch<T, kGated>(p, first_column, Tile::column(lane / 16 % kTiles, lane / 8 % 2, lane % 8),
-                             lane / 8 % 2, begin, end, kSkinnyChunk, kDepth,
-                             lane / 16 / kTiles, 2 / kTiles);
+  // The rows of the first round are in the ring, or a good part of each is.
+  const bool ring_has_round = chunks <= kDepth * kSkinnyWarps;
+  skinny_prefetch<T, kGated>(p, first_column + (ring_has_round ? p.plan.tile : 0),
+                             min(first_column + rounds * p.plan.tile, p.columns), 0, p.inputs);
   grid_dependency_launch();
   grid_dependency_wait();
 

@@ -74,25 +74,18 @@ DENDRITE_DEVICE void skinny_put(const SkinnyParams& p, int row, int column, floa
   static_cast<Out*>(p.out)[int64_t(row) * p.columns + column] = from_float<Out>(value);
 }
 
-// Asks for the stages [from, from + p.plan.ahead) of a lane into L2: `inputs` inputs a stage of the
-// weight row of a column and a half, of the rounds `round`, `round` + `every`, ... Stages of a round
-// are [begin, end).
+// Asks for inputs [begin, end) of p.plan.ahead weight rows of a block into L2: of the columns from
+// first_column on; gated, of gates and ups in turn. Few lanes of many warps: they take turns.
 template <class T, bool kGated>
-DENDRITE_DEVICE void skinny_prefetch(const SkinnyParams& p, int first_column, int column, int half,
-                                     int begin, int end, int inputs, int from, int round,
-                                     int every) {
-  const int length = end - begin, until = from + p.plan.ahead;
-  if (column >= p.plan.tile || length <= 0) return;
-  for (; round < p.plan.rounds && round * length < until; round += every) {
-    const int c = first_column + round * p.plan.tile + column;
-    if (c >= p.columns) return;
-    const int skipped = min(max(from - round * length, 0), length);
-    const int stages = min(until - round * length, length);
-    const int first = (begin + skipped) * inputs;
-    const int count = min((begin + stages) * inputs, p.inputs) - first;
-    const int64_t row = c + (kGated && half == 1 ? p.columns : 0);
-    if (count > 0)
-      prefetch_l2(static_cast<const T*>(p.weight) + row * p.inputs + first, count * int(sizeof(T)));
+DENDRITE_DEVICE void skinny_prefetch(const SkinnyParams& p, int first_column, int last_column,
+                                     int begin, int end) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  for (int i = lane * kSkinnyWarps + warp; i < p.plan.ahead; i += kSkinnyThreads) {
+    const int column = first_column + (kGated ? i / 2 : i);
+    if (column >= last_column || begin >= end) return;
+    const int64_t row = column + (kGated && i % 2 == 1 ? p.columns : 0);
+    prefetch_l2(static_cast<const T*>(p.weight) + row * p.inputs + begin,
+                (end - begin) * int(sizeof(T)));
   }
 }
 

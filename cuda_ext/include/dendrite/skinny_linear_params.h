@@ -14,7 +14,7 @@ struct SkinnyPlan {
   int rounds;  // rounds of a block
   int blocks;  // blocks along the columns of out
   int splits;  // wide: blocks along the inputs, 1, 2 or 4
-  int ahead;   // stages that are asked into L2 before the previous kernel has ended
+  int ahead;   // weight rows that a block asks into L2 before the kernel ahead has ended
 };
 
 struct SkinnyParams {

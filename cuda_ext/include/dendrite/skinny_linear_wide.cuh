@@ -143,9 +143,8 @@ DENDRITE_KERNEL __launch_bounds__(kSkinnyThreads, 1) skinny_linear_wide_kernel(S
     }
     cp_async_commit();
   }
-  if (const int c = here.column(lane / 8 % 2, lane % 8); c >= 0)
-    skinny_prefetch<T, kGated>(p, first_column, c - first_column, lane / 8 % 2, begin, end,
-                               kSkinnyBlock, kDepth - 1, lane / 16, 2);
+  skinny_prefetch<T, kGated>(p, first_column, min(first_column + rounds * p.plan.tile, p.columns),
+                             begin * kSkinnyBlock, min(end * kSkinnyBlock, p.inputs));
   grid_dependency_launch();
   grid_dependency_wait();
   {

@@ -4,7 +4,8 @@ x is [M, K], weight [N, K], both contiguous; the kernels take fp16 and bf16, M <
 multiple of 8. Products are summed in fp32 and rounded once, to the dtype of out.
 
 The kernels add up a row in an order that depends on K alone: a row has bitwise the same result for
-every number of rows, at every place and whatever the other rows hold.
+every number of rows, at every place and whatever the other rows hold. They begin to read the weight
+before work ahead of them has ended: after a weight was written, synchronize before its first use.
 """
 
 from __future__ import annotations
