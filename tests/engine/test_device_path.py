@@ -24,19 +24,49 @@ def _why_no_gpu() -> str:
     return "" if result.loaded else result.reason
 
 
-@pytest.fixture(
-    params=["cuda-twin", pytest.param("cuda", marks=pytest.mark.cuda)], name="on_device"
-)
-def _on_device(request, make_engine):
-    """Makes engines on the device: wide models, because a GPU's kernels need heads of 64."""
-    if request.param == "cuda" and (reason := _why_no_gpu()):
+ON_A_GPU = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+def _maker(where: str, make_engine, monkeypatch):
+    """Makes engines on the device path: with the torch twins, with the kernels' source in the
+    emulator, or on a GPU. The models are wide, because the kernels need heads of 64.
+    """
+    if where == "cuda" and (reason := _why_no_gpu()):
         pytest.skip(reason)
+    if where == "emulated":
+        _emulate(monkeypatch)
 
     def make(kind: str = "llama", **options):
-        options = {"device": request.param, "dtype": "float32", **options}
-        return make_engine(kind + tiny_models.WIDE, **options)
+        device = "cuda" if where == "cuda" else "cuda-twin"
+        return make_engine(
+            kind + tiny_models.WIDE, **{"device": device, "dtype": "float32", **options}
+        )
 
     return make
+
+
+@pytest.fixture(params=["twin", ON_A_GPU], name="on_device")
+def _on_device(request, make_engine, monkeypatch):
+    return _maker(request.param, make_engine, monkeypatch)
+
+
+@pytest.fixture(params=["twin", "emulated", ON_A_GPU], name="on_kernels")
+def _on_kernels(request, make_engine, monkeypatch):
+    """As on_device, and in the emulator, which is slow: for tests of what kernels compute."""
+    return _maker(request.param, make_engine, monkeypatch)
+
+
+def _emulate(monkeypatch) -> None:
+    """Engines of the device cuda-twin run the kernels' source from now on."""
+    from dendrite_engine.kernels import device_ops
+
+    result = device_ops.load_emulated()
+    if not result.loaded:
+        pytest.skip(result.reason)
+    real = device_ops.DeviceKernels
+    monkeypatch.setattr(
+        device_ops, "DeviceKernels", lambda name, reason: real("emulated", result.reason)
+    )
 
 
 @pytest.fixture(name="on_cpu")
@@ -66,8 +96,8 @@ def _tree(engine, params=GREEDY) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trees_hold_the_tokens_of_the_cpu_path(on_device, on_cpu, kind):
-    assert _tree(on_device(kind)) == _tree(on_cpu(kind))
+def test_trees_hold_the_tokens_of_the_cpu_path(on_kernels, on_cpu, kind):
+    assert _tree(on_kernels(kind)) == _tree(on_cpu(kind))
 
 
 def test_drawn_tokens_are_those_of_the_cpu_path(on_device, on_cpu):
@@ -143,31 +173,31 @@ def test_rolling_back_and_going_on_gives_the_same_tokens(on_device):
     assert second.token_ids == first.token_ids
 
 
-def test_deterministic_branches_do_not_depend_on_their_neighbours(on_device):
-    """On a GPU bitwise; the twin's attention is plain torch, which promises less."""
-    engine = on_device(deterministic=True, num_pages=900)
-    prefix = [(7 * i) % 251 for i in range(230)]
+def test_deterministic_branches_do_not_depend_on_their_neighbours(on_kernels):
+    """Bitwise with the kernels; the attention of the twins is plain torch and promises less."""
+    engine = on_kernels(deterministic=True, num_pages=900)
+    prefix, offsets = [(7 * i) % 251 for i in range(230)], range(214, 230)
     trunk = engine.prompt(prefix)
-    forks = [trunk.fork(at=at)[0] for at in range(206, 230)]
+    forks = [trunk.fork(at=at)[0] for at in offsets]
     noise = [engine.prompt([i + 1] * (40 + 16 * i)) for i in range(3)]
     job = engine.submit(noise, DRAWN)
     results = engine.complete(forks, GREEDY)
     job.result()
-    alone = on_device(deterministic=True, prefix_cache=False)
-    for at, forked in zip(range(206, 230), results, strict=True):
+    alone = on_kernels(deterministic=True, prefix_cache=False)
+    for at, forked in zip(offsets, results, strict=True):
         branch = alone.prompt(prefix[:at])
         (linear,) = alone.complete([branch], GREEDY)
         branch.prune()
         assert forked.token_ids == linear.token_ids, f"tokens differ at {at}"
-        tolerance = 0.0 if "cuda:" in engine.report()["device"] else 1e-4
+        tolerance = 1e-4 if engine.report()["kernels"].startswith("twin") else 0.0
         assert forked.logprobs == pytest.approx(linear.logprobs, abs=tolerance, rel=0.0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sixteen_bits_are_close_to_fp32(on_device, dtype):
+def test_sixteen_bits_are_close_to_fp32(on_kernels, dtype):
     rows = {}
     for name in ("float32", dtype):
-        engine = on_device(dtype=name)
+        engine = on_kernels(dtype=name)
         branches = engine.prompt(TEXT * 2).fork(3)
         engine.extend(branches, [[65], [66, 67], list(range(30))])
         alternatives = engine.top_tokens(branches, tiny_models.VOCAB)
@@ -180,8 +210,8 @@ def test_sixteen_bits_are_close_to_fp32(on_device, dtype):
     assert engine._parts.pages.k.dtype == getattr(torch, dtype)
 
 
-def test_padded_rows_write_no_page(on_device):
-    engine = on_device(debug=True)
+def test_padded_rows_write_no_page(on_kernels):
+    engine = on_kernels(debug=True)
     branches = engine.prompt("12345").fork(3)
     engine.extend(branches, [[1], [2], [3]])
     engine.complete(branches, GREEDY.replace(max_tokens=2))
@@ -216,9 +246,9 @@ def test_reading_a_slot_that_nobody_wrote_ends_the_branch(on_device):
     assert engine.complete([engine.prompt("fresh")], GREEDY)[0].finish_reason == "length"
 
 
-def test_logits_that_are_not_finite_end_their_branch_only(on_device):
+def test_logits_that_are_not_finite_end_their_branch_only(on_kernels):
     """The token's key is NaN then and its value 0, so that siblings, which see neither, go on."""
-    engine = on_device("mistral", debug=False)  # its output matrix is another one
+    engine = on_kernels("mistral", debug=False)  # its output matrix is another one
     branches = engine.prompt(TEXT).fork(4)
     embedding = engine._parts.runner.state.model.embedding
     good = embedding[7].clone()

@@ -18,7 +18,7 @@ import torch
 from dendrite_engine.attention.base import AttentionBackend, Plan
 
 HEADER_INTS = 16
-HEADER_ROWS, HEADER_COPIES, HEADER_LOGITS, HEADER_WORK = range(4)
+HEADER_ROWS, HEADER_COPIES, HEADER_LOGITS, HEADER_WORK = range(4)  # places in the header
 _ALIGN = 64  # ints: sections start at multiples of 256 bytes
 
 

@@ -73,8 +73,9 @@ class DeviceTreeAttention(DeviceAttention):
             room = batch.host_work[index * part : (index + 1) * part]
             size = self._build(
                 plan.positions, plan.node_pos, plan.node_len, plan.node_row_begin,
-                plan.node_row_end, plan.node_page_indptr, plan.page_indices, setup.page_size,
-                self._group, tile, self._workers[tile], window, setup.deterministic, room,
+                plan.node_row_end, plan.node_page_indptr, plan.page_indices, batch.rows,
+                setup.page_size, self._group, tile, self._workers[tile], window,
+                setup.deterministic, room,
             )  # fmt: skip
             needed, slots = max(needed, size[0]), max(slots, size[1])
         if slots > self._slots:

@@ -12,7 +12,6 @@ from dendrite_engine.attention.device_base import (
     HEADER_COPIES,
     HEADER_INTS,
     HEADER_LOGITS,
-    HEADER_ROWS,
     HEADER_WORK,
     BatchLayout,
     DeviceBatch,
@@ -34,13 +33,45 @@ class _Views:
     work: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Sections:
+    """Sections of a host buffer for one number of rows."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    logits_rows: np.ndarray
+    copies: np.ndarray
+    work: np.ndarray
+
+
 class _HostBuffer:
     """One pinned buffer, and the event after which it may be written again."""
 
     def __init__(self, size: int, on_gpu: bool) -> None:
         self.tensor = torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu)
         self.array: np.ndarray = self.tensor.numpy()
+        self.header = self.array[:HEADER_INTS]
+        self._sections: dict[int, _Sections] = {}
         self._sent = torch.cuda.Event() if on_gpu else None
+
+    def sections(self, layout: BatchLayout) -> _Sections:
+        """The sections of a layout."""
+        found = self._sections.get(layout.rows)
+        if found is None:
+            array = self.array
+            token_ids, positions, slots, logits_rows = (
+                array[layout.row_array(index)] for index in range(4)
+            )
+            found = self._sections[layout.rows] = _Sections(
+                token_ids,
+                positions,
+                slots,
+                logits_rows,
+                array[layout.copies],
+                array[layout.work :],
+            )
+        return found
 
     def wait(self) -> None:
         """Until the last transfer out of this buffer is done."""
@@ -86,23 +117,21 @@ class Metadata:
         host = self._hosts[self._next]
         self._next = (self._next + 1) % _HOST_BUFFERS
         host.wait()
-        array, count = host.array, plan.num_tokens
-        wanted = wanted_rows(plan.logits_row)
-        values = (plan.token_ids, plan.positions, plan.slots, wanted)
-        for index, (value, pad) in enumerate(zip(values, (0, 0, -1, 0), strict=True)):
-            section = array[layout.row_array(index)]
-            section[: len(value)] = value
-            section[len(value) :] = pad
-        copies = plan.copies
+        to, count = host.sections(layout), plan.num_tokens
+        wanted, copies = wanted_rows(plan.logits_row), plan.copies
+        to.token_ids[:count], to.positions[:count] = plan.token_ids, plan.positions
+        to.slots[:count] = plan.slots
+        to.logits_rows[: len(wanted)] = wanted
+        to.logits_rows[len(wanted) :] = 0
+        if count < rows:
+            to.token_ids[count:] = to.positions[count:] = 0
+            to.slots[count:] = -1
         if len(copies):
-            array[layout.copies][: 3 * len(copies)] = copies.reshape(-1)
-        header = array[:HEADER_INTS]
-        header[HEADER_ROWS], header[HEADER_COPIES] = count, len(copies)
-        header[HEADER_LOGITS] = len(wanted)
+            to.copies[: copies.size] = copies.reshape(-1)
+        host.header[: HEADER_LOGITS + 1] = (count, len(copies), len(wanted))
         return DeviceBatch(
             plan, rows, count, len(copies), wanted, views.token_ids, views.positions, views.slots,
-            views.logits_rows, views.copies, views.copy_count, views.work, array,
-            array[layout.work :],
+            views.logits_rows, views.copies, views.copy_count, views.work, host.array, to.work,
         )  # fmt: skip
 
     def send(self, batch: DeviceBatch, work_ints: int) -> None:

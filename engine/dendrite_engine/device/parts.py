@@ -126,7 +126,7 @@ def _load(request: DeviceRequest, dtype: torch.dtype) -> DeviceTransformer:
         source = RandomWeights(request.model_config, device, dtype, config.seed)
         model = DeviceTransformer(request.model_config, source, linear, dtype, device)
     else:
-        with WeightReader(request.path, dtype, device) as reader:
+        with WeightReader(request.path, dtype, device, aligned=True) as reader:
             model = DeviceTransformer(request.model_config, reader, linear, dtype, device)
     linear.find_tiles(request.max_rows, [model.lm_head])
     return model

@@ -53,7 +53,9 @@ class WeightSource(Protocol):
 class WeightReader:
     """Context manager over the tensors of a model directory.
 
-    Tensors are read straight into the memory of `device` and cast to `dtype` there.
+    Tensors are read straight into the memory of `device` and cast to `dtype` there. On the CPU they
+    may be views of the file, at any address; with `aligned` one that does not start at a multiple
+    of 16 bytes is copied, for kernels that load vectors.
     """
 
     def __init__(
@@ -61,8 +63,11 @@ class WeightReader:
         directory: Path,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        aligned: bool = False,
     ) -> None:
         self._directory, self._dtype, self._device = directory, dtype, str(device)
+        self._aligned = aligned
         self._handles: list[Any] = []
         self._where: dict[str, Any] = {}
 
@@ -103,4 +108,5 @@ class WeightReader:
             raise ModelError(
                 f"{name} has dtype {tensor.dtype}; quantised weights are not supported"
             )
-        return tensor.to(self._dtype)
+        tensor = tensor.to(self._dtype)
+        return tensor.clone() if self._aligned and tensor.data_ptr() % 16 else tensor
