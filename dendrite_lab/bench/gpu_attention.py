@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 HEADS = ("16x1x128", "32x8x128", "32x32x128", "32x4x64")
 PEER_KINDS = {
-    "flat": ("flat", "flat-tc"),
+    "flat": ("flat", "flat-tc", "prefill"),
     "cascade": ("cascade", "cascade-2"),
     "cascade_fa2": ("cascade-fa2", "cascade-fa2-2"),
 }
@@ -130,7 +130,7 @@ def _row(case: Case, args: argparse.Namespace, peers: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
         "tree": tree.name,
         "heads": case.heads.name,
-        "queries": len(tree.leaves),
+        "queries": len(tree.contexts),
         "tokens": tree.unique_tokens,
         "copies": case.copies,
         "floor_us": round(case.floor_us, 1),
@@ -154,8 +154,9 @@ def _row(case: Case, args: argparse.Namespace, peers: bool) -> dict[str, Any]:
         for name, one in found.items()
         if one.median < math.inf
     }
-    if "ours" in outputs and "flat-tc" in outputs:
-        row["distance_to_flashinfer"] = _digits(distance(outputs["ours"], outputs["flat-tc"]))
+    other = next((outputs[name] for name in ("flat-tc", "prefill") if name in outputs), None)
+    if "ours" in outputs and other is not None:
+        row["distance_to_flashinfer"] = _digits(distance(outputs["ours"], other))
     return row
 
 

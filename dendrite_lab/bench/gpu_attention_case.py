@@ -148,7 +148,7 @@ def _exact_row(case: Case, row: int) -> torch.Tensor:
         for n in np.flatnonzero(reads)
     ])  # fmt: skip
     index = torch.from_numpy(ids.astype(np.int64)).to(case.device)
-    length = int(plan.positions[row]) + 1
+    length = int(plan.positions[row]) + 1  # of what a prompt's rows read, later tokens are hidden
     group = case.heads.heads // case.heads.kv_heads
     k, v = (
         pages[0, index].float().transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, 1)

@@ -2,7 +2,7 @@
 
 `run` is timed inside a CUDA graph, planning stays outside. Each kind is given its best case:
 
-* flat: paged decode, on CUDA cores and on tensor cores;
+* flat: paged decode, on CUDA cores and on tensor cores; for prompts paged prefill;
 * cascade: `MultiLevelCascadeAttentionWrapper` as it is shipped, with one level for each level of
   the tree, and with the two levels that read the fewest bytes;
 * cascade-fa2: the same levels by FlashInfer's FA2 prefill kernels, which split keys among SMs as
@@ -47,6 +47,8 @@ def available() -> str | None:
 
 def contestants(case: Case) -> dict[str, Maker]:
     """Name -> maker of every FlashInfer variant that makes sense for the tree."""
+    if case.planned.tree.queries_a_leaf > 1:
+        return {"prefill": prefill}
     found: dict[str, Maker] = {
         "flat": functools.partial(flat, tensor_cores=False),
         "flat-tc": functools.partial(flat, tensor_cores=True),
@@ -81,6 +83,15 @@ def flat(case: Case, *, tensor_cores: bool) -> Contestant:
     """Paged decode: every branch reads its own page list."""
     geometry, maker = _geometry(case), _maker(case.device)
     wrapper = maker.decode(geometry, tensor_cores)
+    table = flat_table(case.planned.plan, case.planned.page_size)
+    run, host_us = _plan(lambda: wrapper.plan([table], geometry))
+    return _contestant(case, run, host_us)
+
+
+def prefill(case: Case) -> Contestant:
+    """Paged prefill, causal, by its default kernels (FA3 on Hopper)."""
+    geometry = _geometry(case)
+    wrapper = _maker(case.device).levels(1)
     table = flat_table(case.planned.plan, case.planned.page_size)
     run, host_us = _plan(lambda: wrapper.plan([table], geometry))
     return _contestant(case, run, host_us)

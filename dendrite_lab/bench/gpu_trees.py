@@ -3,6 +3,7 @@
     "1,16,64; 1024,256,32"      1 node of 1,024 tokens, 16 of 256 below it, 64 of 32 below those
     "1,2,4,8; 16 each"          four levels of 16 tokens
     "random 7"                  a random tree
+    "prompt 1024 after 3072"    one branch of 4,096 tokens of which the last 1,024 are queries
 
 Nodes of a level are spread evenly over those of the level above. Every leaf is one query: its last
 token, which sees itself and everything above.
@@ -10,6 +11,7 @@ token, which sees itself and everything above.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +40,13 @@ SHARED_PREFIX = (
     "1,64; 32768,128",
     "1,256; 4096,64",
 )
+PROMPTS = ("prompt 4096 after 0", "prompt 1024 after 3072", "prompt 256 after 32512")
 RANDOM = ("random 1", "random 2", "random 3", "random 4")
 SUITES = {
     "fasttree": FASTTREE,
     "shared": SHARED_PREFIX,
     "random": RANDOM,
+    "prompts": PROMPTS,
     "all": (*FASTTREE, *SHARED_PREFIX, *RANDOM),
 }
 
@@ -55,11 +59,13 @@ class Tree:
         name: the text it was made from.
         parents: of each node, -1 for a root.
         lengths: tokens of each node.
+        queries_a_leaf: of a leaf's last tokens so many are queries.
     """
 
     name: str
     parents: tuple[int, ...]
     lengths: tuple[int, ...]
+    queries_a_leaf: int = 1
 
     @property
     def leaves(self) -> tuple[int, ...]:
@@ -74,11 +80,12 @@ class Tree:
 
     @property
     def contexts(self) -> tuple[int, ...]:
-        """Tokens that each leaf's query sees."""
+        """Tokens that each query sees."""
         ends: list[int] = []
         for parent, length in zip(self.parents, self.lengths, strict=True):
             ends.append(length + (ends[parent] if parent >= 0 else 0))
-        return tuple(ends[leaf] for leaf in self.leaves)
+        back = range(self.queries_a_leaf - 1, -1, -1)
+        return tuple(ends[leaf] - before for leaf in self.leaves for before in back)
 
 
 def parse_tree(text: str) -> Tree:
@@ -90,6 +97,9 @@ def parse_tree(text: str) -> Tree:
     name = " ".join(text.split())
     if name.startswith("random "):
         return random_tree(int(name.removeprefix("random ")))
+    if prompt := re.fullmatch(r"prompt ([1-9]\d*) after (\d+)", name):
+        new, before = int(prompt[1]), int(prompt[2])
+        return Tree(name, (-1,), (before + new,), new)
     nodes_text, _, tokens_text = name.partition(";")
     try:
         counts = [int(part) for part in nodes_text.split(",")]
@@ -165,6 +175,8 @@ def plan_tree(tree: Tree, page_size: int = 16) -> Planned:
     """
     num_pages = sum(-(-length // page_size) + 1 for length in tree.lengths) + 1
     core = make_core(num_pages, page_size, prefix_cache=False)
+    if tree.queries_a_leaf > 1:
+        return _plan_prompt(tree, page_size, num_pages, core)
     leaves = set(tree.leaves)
     handles: list[int] = []
     for node, (parent, length) in enumerate(zip(tree.parents, tree.lengths, strict=True)):
@@ -185,6 +197,17 @@ def plan_tree(tree: Tree, page_size: int = 16) -> Planned:
         if tree.lengths[leaf] > 1 or tree.parents[leaf] >= 0:
             core.append(handle, np.zeros(1, np.int32))
     plan = core.plan(np.array(last, np.int64), np.ones(len(last), np.int32))
+    return Planned(tree, plan, num_pages, page_size, core)
+
+
+def _plan_prompt(tree: Tree, page_size: int, num_pages: int, core: Any) -> Planned:
+    """One branch, of which the last tokens are computed in one step."""
+    before, new = tree.lengths[0] - tree.queries_a_leaf, tree.queries_a_leaf
+    handle = core.create(np.zeros(before or new, np.int32))[0]
+    if before:
+        _compute(core, [handle])
+        core.append(handle, np.zeros(new, np.int32))
+    plan = core.plan(np.array([handle], np.int64), np.array([new], np.int32))
     return Planned(tree, plan, num_pages, page_size, core)
 
 

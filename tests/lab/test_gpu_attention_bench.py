@@ -76,6 +76,16 @@ def test_a_planned_tree_has_one_row_a_leaf_that_sees_its_whole_path(text):
     assert reads.tolist() == (plan.positions + 1).tolist()
 
 
+def test_a_prompts_queries_are_its_last_tokens_and_see_what_is_before_them():
+    tree = parse_tree("prompt 5 after 30")
+    assert tree.contexts == (31, 32, 33, 34, 35)
+    plan = plan_tree(tree).plan
+    assert plan.positions.tolist() == [30, 31, 32, 33, 34]
+    assert plan_tree(parse_tree("prompt 20 after 0")).plan.num_tokens == 20
+    case = make_case(plan_tree(tree), Heads(4, 2, 16), CPU, torch.float32)
+    assert set(gpu_flashinfer.contestants(case)) == {"prefill"}
+
+
 # -- attention --------------------------------------------------------------------------------
 
 
