@@ -59,6 +59,9 @@ python=${PYTHON:-}
 export PYTHONPATH="$PWD/engine:$PWD:$PWD/benchmarks/gpu${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 cores=$(nproc)
+if [[ $library && ! $library -ef build/cuda/libdendrite_cuda.so ]]; then
+  mkdir -p build/cuda && cp "$library" build/cuda/libdendrite_cuda.so || exit 2
+fi
 summary=()
 failed=0
 
@@ -82,9 +85,6 @@ build() {
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__)'
   local with_cuda=ON tag
-  if [[ $library ]]; then
-    mkdir -p build/cuda && { [[ $library -ef build/cuda/libdendrite_cuda.so ]] || cp "$library" build/cuda/; }
-  fi
   [[ -e build/cuda/libdendrite_cuda.so ]] && with_cuda=OFF
   tag=$("$python" -c 'import sys; print(sys.implementation.cache_tag)')
   cmake -S . -B "build/gpu-check-$tag" -G Ninja -DDENDRITE_INPLACE=ON -DDENDRITE_CUDA=$with_cuda \
@@ -150,7 +150,9 @@ for_each_shape() {
   done
 }
 
-attention() { bench attention attention --budget-s 230 --repeats "$((4 * repeats))"; }
+attention() {
+  bench attention attention --budget-s 230 --repeats "$((4 * repeats))" --trees all prompts
+}
 
 flashinfer() {
   local shape=${shapes%%,*} mode

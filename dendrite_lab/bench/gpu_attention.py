@@ -188,10 +188,11 @@ def _digits(value: float) -> float | None:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric mean and minimum of the speed-ups, of FastTree's trees and of all."""
+    """Geometric mean and minimum of the speed-ups: FastTree's trees, all trees, prompts."""
     groups: dict[str, Callable[[dict[str, Any]], bool]] = {
         "FastTree trees": lambda row: row["tree"] in FASTTREE,
-        "all trees": lambda row: bool(row),
+        "all trees": lambda row: not row["tree"].startswith("prompt"),
+        "prompts": lambda row: row["tree"].startswith("prompt"),
     }
     out = []
     for name, belongs in groups.items():
