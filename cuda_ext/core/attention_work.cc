@@ -142,25 +142,53 @@ class Builder {
   void make_segments() {
     segments_.assign(cut_.workers, WorkSegment{0, 0, -1, 0, 0, -1, 0, 0});
     last_of_.assign(cut_.workers, -1);
-    int64_t cost = 0;
     for (int64_t b = 0; b < num_blocks_; ++b) {
       blocks_.push_back({static_cast<int32_t>(b * rows_per_block_), 0, 0, 0});
       blocks_[b].num_rows = static_cast<int32_t>(std::clamp<int64_t>(
           plan_.num_rows - blocks_[b].row_begin, 0, rows_per_block_));
       for (int64_t c = cell_indptr_[b]; c < cell_indptr_[b + 1]; ++c)
-        if (cell_entries_[c] > 0) {
+        if (cell_entries_[c] > 0)
           pieces_.push_back({static_cast<int32_t>(b), cell_begin_[c], cell_entries_[c]});
-          cost += tiles(cell_entries_[c]) + kSegmentCost;
-        }
     }
-    if (cut_.deterministic)
-      deal_whole();
-    else
-      deal_by_load(cost);
+    if (!cut_.deterministic) cut_pieces();
+    deal();
   }
 
-  // Pieces stay whole: the largest first, each to the worker with the least to do.
-  void deal_whole() {
+  // Cuts every block's list at multiples of one length. Blocks that begin with the same pages are
+  // cut at the same places, so their workers read the same pages at the same time.
+  void cut_pieces() {
+    const int64_t length = kTileUnits * piece_tiles();
+    std::vector<Piece> cut;
+    for (const Piece& piece : pieces_)
+      for (int64_t at = 0; at < piece.count; at += length)
+        cut.push_back({piece.block, piece.begin + at, std::min(length, piece.count - at)});
+    pieces_ = std::move(cut);
+  }
+
+  // The shortest pieces of which every worker gets at most one; with more blocks than workers,
+  // about two pieces a worker.
+  int64_t piece_tiles() const {
+    int64_t total = 0, low = kMinTiles, high = kMinTiles;
+    for (const Piece& piece : pieces_) {
+      total += tiles(piece.count);
+      high = std::max(high, tiles(piece.count));
+    }
+    if (int64_t(pieces_.size()) > cut_.workers)
+      return std::max<int64_t>(kMinTiles, (total / cut_.workers + 1) / 2);
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      int64_t count = 0;
+      for (const Piece& piece : pieces_) count += (tiles(piece.count) + middle - 1) / middle;
+      if (count <= cut_.workers)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    return low;
+  }
+
+  // The largest piece first, each to the worker with the least to do.
+  void deal() {
     for (const Piece& piece : pieces_) ++blocks_[piece.block].num_slots;
     place_slots();
     std::vector<int32_t> order(pieces_.size()), slot(pieces_.size(), -1);
@@ -181,40 +209,6 @@ class Builder {
       add_segment(worker, pieces_[i], slot[i]);
       least.push({load + tiles(pieces_[i].count) + kSegmentCost, worker});
     }
-  }
-
-  // Pieces in order, cut where a worker has its share.
-  void deal_by_load(int64_t cost) {
-    // Every worker but the first may begin with the rest of a piece.
-    const int64_t total = cost + int64_t{kSegmentCost} * (cut_.workers - 1);
-    const int64_t share = std::max<int64_t>(kMinTiles + kSegmentCost,
-                                            (total + cut_.workers - 1) / cut_.workers);
-    std::vector<std::pair<int32_t, Piece>> dealt;
-    int32_t worker = 0;
-    int64_t used = 0;
-    for (Piece piece : pieces_) {
-      while (piece.count > 0) {
-        const int64_t left = tiles(piece.count), room = share - used - kSegmentCost;
-        const bool last = worker + 1 >= cut_.workers;
-        if (used > 0 && room < std::min<int64_t>(kMinTiles, left) && !last) {
-          ++worker;
-          used = 0;
-          continue;
-        }
-        int64_t take = std::clamp<int64_t>(room, 1, left);
-        if (last || left - take <= 1) take = left;
-        const int64_t count = std::min(piece.count, take * kTileUnits);
-        dealt.push_back({worker, {piece.block, piece.begin, count}});
-        ++blocks_[piece.block].num_slots;
-        piece.begin += count;
-        piece.count -= count;
-        used += take + kSegmentCost;
-      }
-    }
-    place_slots();
-    int32_t slot = 0;
-    for (const auto& [to, piece] : dealt)
-      add_segment(to, piece, blocks_[piece.block].num_slots > 0 ? slot++ : -1);
   }
 
   // Slots in block order; a block with a single piece needs none.

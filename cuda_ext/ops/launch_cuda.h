@@ -48,6 +48,19 @@ inline int num_multiprocessors() {
   return count;
 }
 
+// Whether the current device is of the generation that has warpgroup products (wgmma, sm_90a).
+inline bool has_warpgroup_products() {
+  static std::mutex lock;
+  static std::map<int, int> known;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> guard(lock);
+  int& major = known[device];
+  if (major == 0)
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+               "compute capability");
+  return major == 9;
+}
+
 // Lets a kernel use `bytes` of dynamic shared memory; more than 48 KB has to be asked for, once per
 // device.
 inline void allow_shared_memory(const void* kernel, size_t bytes) {

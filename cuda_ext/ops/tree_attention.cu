@@ -27,7 +27,7 @@ bool tree_attention_takes(const TreeAttentionShape& shape) {
 
 int tree_attention_workers(const TreeAttentionShape& shape, int kv_heads) {
   const AttentionKernel kernel = find(shape);
-  const int blocks = max_blocks_per_multiprocessor(kernel.attend, kAttentionThreads,
+  const int blocks = max_blocks_per_multiprocessor(kernel.attend, kernel.threads,
                                                    kernel.shared_bytes);
   return std::max(1, num_multiprocessors() * blocks / kv_heads);
 }
@@ -35,7 +35,7 @@ int tree_attention_workers(const TreeAttentionShape& shape, int kv_heads) {
 void launch_tree_attention(const TreeAttentionParams& params, const TreeAttentionShape& shape,
                            int rows, int workers, cudaStream_t stream) {
   const AttentionKernel kernel = find(shape);
-  launch_kernel(kernel.attend, dim3(workers, params.kv_heads), dim3(kAttentionThreads),
+  launch_kernel(kernel.attend, dim3(workers, params.kv_heads), dim3(kernel.threads),
                 kernel.shared_bytes, stream, true, params);
   const int values = params.group * shape.head_dim / 4;
   launch_kernel(kernel.merge, dim3(rows, params.kv_heads, (values + kMergeThreads - 1) / kMergeThreads),

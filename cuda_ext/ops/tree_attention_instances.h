@@ -3,6 +3,9 @@
 
 #include "dendrite/tree_attention.cuh"
 #include "dendrite/tree_attention_f32.cuh"
+#ifndef DENDRITE_EMULATE
+#include "dendrite/tree_attention_sm90.cuh"
+#endif
 #include "launch.h"
 #include "tree_attention.h"
 
@@ -11,7 +14,7 @@ namespace dendrite {
 struct AttentionKernel {
   void (*attend)(TreeAttentionParams);
   void (*merge)(TreeAttentionParams);
-  int shared_bytes;
+  int threads, shared_bytes;
 };
 
 template <int kDim>
@@ -26,11 +29,27 @@ template <class T, int kDim, int kMTiles>
 AttentionKernel tensor_core_kernel() {
   constexpr int kTile = kDim <= 128 ? kTileUnits : kTileUnits / 2;
   return {tree_attention_kernel<T, kDim, kMTiles, kTile>,
-          merge_partials_kernel<T, 64 * kMTiles, kDim>, AttentionShared<kDim, kTile>::kBytes};
+          merge_partials_kernel<T, 64 * kMTiles, kDim>, kAttentionThreads,
+          AttentionShared<kDim, kTile>::kBytes};
 }
+
+#ifndef DENDRITE_EMULATE
+template <class T, int kDim, int kGroups>
+AttentionKernel hopper_kernel() {
+  return {tree_attention_sm90_kernel<T, kDim, kGroups>,
+          merge_partials_kernel<T, 64 * kGroups, kDim>, 128 * kGroups,
+          AttentionSharedSm90<kDim, kGroups>::kBytes};
+}
+#endif
 
 template <class T, int kDim>
 AttentionKernel tensor_core_kernel(int q_tile) {
+#ifndef DENDRITE_EMULATE
+  if constexpr (kDim == 64 || kDim == 128) {
+    if (has_warpgroup_products())
+      return q_tile == 128 ? hopper_kernel<T, kDim, 2>() : hopper_kernel<T, kDim, 1>();
+  }
+#endif
   if constexpr (kDim <= 128) {
     if (q_tile == 128) return tensor_core_kernel<T, kDim, 2>();
   }
@@ -45,7 +64,7 @@ AttentionKernel attention_kernel(const TreeAttentionShape& shape) {
     case Dtype::kF32: break;
   }
   return {tree_attention_f32_kernel<kDim>, merge_partials_kernel<float, 64, kDim>,
-          AttentionSharedF32<kDim>::kBytes};
+          kAttentionThreads, AttentionSharedF32<kDim>::kBytes};
 }
 
 }  // namespace dendrite

@@ -78,10 +78,7 @@ class AttentionBlockF32 {
   }
 
   DENDRITE_DEVICE void load(const WorkEntry& entry) {
-    const int page = entry.slot >> p_.page_shift;
-    const int offset = entry.slot - (page << p_.page_shift);
-    const size_t from =
-        (((size_t(page) * p_.kv_heads + head_) << p_.page_shift) + offset) * kDim;
+    const size_t from = entry_offset(p_, entry, head_, kDim);
     for (int at = threadIdx.x; at < kUnit * kDim; at += kThreads) {
       const int r = at / kDim, d = at % kDim;
       const bool valid = r < entry.len;

@@ -52,6 +52,14 @@ DENDRITE_DEVICE size_t query_offset(const TreeAttentionParams& p, int row_begin,
   return (size_t(row_begin + row) * p.heads + head * p.group + (i - row * p.group)) * dim;
 }
 
+// Element of k_pages or v_pages where an entry starts; its slots are one contiguous piece.
+DENDRITE_DEVICE size_t entry_offset(const TreeAttentionParams& p, const WorkEntry& entry, int head,
+                                    int dim) {
+  const int page = entry.slot >> p.page_shift;
+  const int offset = entry.slot - (page << p.page_shift);
+  return (((size_t(page) * p.kv_heads + head) << p.page_shift) + offset) * dim;
+}
+
 // Second launch: merges the partial results of rows whose block has more than one segment, in slot
 // order. blockIdx = (row, kv head, part of the values); a thread owns four values. A row that a segment did not touch
 // has m = -inf there and no o.
