@@ -47,12 +47,16 @@ class KVPages:
         return [self.layer(index) for index in range(self.shape.num_layers)]
 
     def poison(self, page_ids: list[int]) -> None:
-        """Fill pages with NaN, so that reading a slot nobody wrote cannot go unnoticed."""
+        """Fill pages, so that reading a slot nobody wrote cannot go unnoticed: K with NaN; V too on
+        the CPU, with the largest number on a device, whose kernels multiply every value of a page
+        that they read, by 0 where a row does not see it.
+        """
         if page_ids:
             with self._in_order():
                 index = torch.tensor(sorted(set(page_ids)), dtype=torch.int64).to(self.k.device)
                 self.k.index_fill_(1, index, float("nan"))
-                self.v.index_fill_(1, index, float("nan"))
+                filling = float("nan") if self.v.is_cpu else torch.finfo(self.v.dtype).max
+                self.v.index_fill_(1, index, filling)
 
     def checksum(self, page_id: int) -> int:
         """CRC-32 over K and V of a page in all layers; waits for the device."""

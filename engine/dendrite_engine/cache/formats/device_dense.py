@@ -24,13 +24,13 @@ class DeviceDense(PageFormat):
         return 2 * shape.num_layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize
 
     def allocate(self, shape: PageShape) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V on the device, uninitialised."""
+        """K and V on the device, all zero: kernels rely on every V being finite."""
         sizes = (
             shape.num_layers, shape.num_pages, shape.kv_heads, shape.page_size, shape.head_dim,
         )  # fmt: skip
         return (
-            torch.empty(sizes, dtype=self.dtype, device=self.device),
-            torch.empty(sizes, dtype=self.dtype, device=self.device),
+            torch.zeros(sizes, dtype=self.dtype, device=self.device),
+            torch.zeros(sizes, dtype=self.dtype, device=self.device),
         )
 
 
