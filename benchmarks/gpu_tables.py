@@ -81,6 +81,7 @@ def _work_row(row: Row, report: Report) -> Row:
     out["peers"] = "; ".join(f"{name} {cell(value)}" for name, value in peers) or None
     out["times peer"] = row.get("times_peer")
     out["in decode steps"] = row.get("in_decode_steps")
+    out["forward ms"] = row.get("forward_ms")
     out["host ms a step"] = row.get("host_ms")
     return out
 

@@ -80,7 +80,7 @@ def _run_ours(
     with open_engine(args, tokens, **options) as engine:
         for job in jobs:
             results[job.work] = job.ours(engine)
-            say(f"{job.work}: {measure.spread(results[job.work].values)} {job.unit}")
+            say(_line(job, "ours", results[job.work].values, results[job.work].notes))
         return results, without_folders(engine.report())
 
 
@@ -118,8 +118,18 @@ def _on_peer(job: Job, peer: Peer) -> tuple[list[float], str]:
         values = job.peer(peer) if job.peer is not None else []
     except Exception as error:  # someone else's engine: report and go on
         return [], _short(error)
-    say(f"{job.work}, {peer.name}: {measure.spread(values)} {job.unit}")
+    say(_line(job, peer.name, values, {}))
     return values, ""
+
+
+def _line(job: Job, who: str, values: Sequence[float], notes: Mapping[str, Any]) -> str:
+    found = measure.spread(values)
+    floor = "" if job.floor is None else f", floor {job.floor:.3f}"
+    more = "".join(f", {name} {value}" for name, value in notes.items())
+    return (
+        f"{job.work:<66} {who:<6} {found['median']} {job.unit} "
+        f"({found['min']} .. {found['max']}){floor}{more}"
+    )
 
 
 def _short(error: Exception) -> str:
@@ -170,14 +180,10 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def host_notes(engine: Engine) -> dict[str, Any]:
-    """Host time of the last step, where the engine tells it."""
+    """Median time of the last forward passes on the device, and host time of the last step."""
     stats = engine.stats()
-    names = {"host_ms_p50": "host_ms", "host_ms_last": "host_ms"}
-    for name, key in names.items():
-        value = getattr(stats, name, None)
-        if value:
-            return {key: round(float(value), 3)}
-    return {}
+    values = {"forward_ms": stats.step_ms_p50, "host_ms": stats.host_ms_last}
+    return {name: round(value, 3) for name, value in values.items() if value}
 
 
 def say(line: str) -> None:
