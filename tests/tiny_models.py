@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
+
+from wide_models import WIDE, make_wide_model, write_tokenizer
 
 EOS = "<|end|>"
 VOCAB = 259
@@ -25,19 +26,8 @@ _COMMON = {
 }
 
 
-WIDE = "-wide"  # suffix of a kind: heads of 64, the smallest that the GPU's kernels take
-_WIDE = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 64}
-
-
 def config_of(kind: str):
     """The transformers config called `kind`."""
-    config = _config_of(kind.removesuffix(WIDE))
-    if kind.endswith(WIDE):
-        config.update(_WIDE)
-    return config
-
-
-def _config_of(kind: str):
     from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
     llama3_rope = {
@@ -75,6 +65,8 @@ KINDS = (
 
 def make_model(kind: str, directory: Path, seed: int = 0) -> Path:
     """Write a random model of this kind to `directory` and return it."""
+    if kind.endswith(WIDE):
+        return make_wide_model(kind, directory, seed)
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -86,27 +78,6 @@ def make_model(kind: str, directory: Path, seed: int = 0) -> Path:
     model.save_pretrained(directory)
     write_tokenizer(directory)
     return directory
-
-
-def write_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer: ids 0..255 are the bytes, then three special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(text, special=True) for text in ("<|user|>", "<|assistant|>", EOS)]
-    )
-    tokenizer.save(str(directory / "tokenizer.json"))
-    template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}" + EOS + "{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": template, "eos_token": EOS})
-    )
 
 
 def reference_model(directory: Path):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import tiny_models
 from dendrite_engine import Engine, SamplingParams
 from dendrite_engine.attention.device_base import BatchLayout
 from dendrite_engine.config import EngineConfig
@@ -22,6 +21,7 @@ from dendrite_engine.models.device_linear import DEVICE_DETERMINISTIC_TILE, Devi
 from dendrite_engine.models.families import read_model_config
 from dendrite_engine.models.random_weights import RandomWeights
 from dendrite_engine.types import LogitsEpoch
+from wide_models import wide_config, write_tokenizer
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -194,10 +194,9 @@ def test_few_rows_of_sixteen_bit_numbers_go_to_the_skinny_kernel():
 @pytest.fixture(name="bare_model")
 def _bare_model(tmp_path):
     """A directory with config and tokenizer, and no weights."""
-    config = tiny_models.config_of("llama-wide").to_dict()
-    config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    config = wide_config("llama-wide") | {"tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    tiny_models.write_tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
     return tmp_path
 
 

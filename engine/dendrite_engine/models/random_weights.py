@@ -42,4 +42,5 @@ class RandomWeights:
             return torch.zeros(shape, **options)
         generator = torch.Generator(self._device)
         generator.manual_seed(zlib.crc32(f"{self._seed}:{name}".encode()))
-        return torch.empty(shape, **options).normal_(0.0, _STD, generator=generator)
+        drawn = torch.empty(shape, device=self._device).normal_(0.0, _STD, generator=generator)
+        return drawn.to(self._dtype)  # every dtype rounds the same numbers
