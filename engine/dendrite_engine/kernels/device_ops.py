@@ -142,7 +142,7 @@ def _find(name: str) -> Path | None:
 
 
 def _load(name: str, path: Path | None) -> LoadResult:
-    path = _find(name) if path is None else path
+    path = _find(name) if path is None else path.resolve()
     if path is None:
         return LoadResult(False, f"{name} was not built (the output of the build says why)")
     try:
