@@ -1,7 +1,8 @@
 """Matrix products on the device, into buffers that were allocated before.
 
-Up to SKINNY_ROWS rows of 16-bit numbers go to the engine's own kernel, which reads the weights at
-memory speed; the rest goes to cuBLAS. Which of the two runs depends on the number of rows alone.
+A few rows of 16-bit numbers times a small matrix go to the engine's own kernel, which fetches its
+weights while the kernels ahead of it still run; the rest goes to cuBLAS. Which of the two runs is a
+function of the matrix and the number of rows.
 
 cuBLAS picks its kernel, and with it the order in which the products of a row are added up, by the
 number of rows. At a fixed number of rows a row's bits depend neither on its place nor on the other
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 
 DEVICE_DETERMINISTIC_TILE = 64
-SKINNY_ROWS = 16  # measured; the kernel takes up to 64
+# (rows, numbers in the matrix) up to which the engine's own kernel wins on an H100, measured by
+# benchmarks/gpu/skinny_linear_check.py; larger matrices run at memory speed either way.
+SKINNY_LIMITS = ((8, 1 << 24), (16, 1 << 23))
 _SKINNY_INPUTS = 8  # it wants a multiple of this many inputs
 _TILES = (2048, 1024, 512, 256, 128)  # candidates, largest first
 _PROBE_BYTES = 256 << 20  # of one probe's output
@@ -45,7 +48,13 @@ class DeviceLinear:
         self.tiles: tuple[int, ...] = (DEVICE_DETERMINISTIC_TILE,) if deterministic else ()
         self._transposed = self.weight.t()
         fits = weight.shape[1] % _SKINNY_INPUTS == 0
-        self._skinny = None if deterministic or not fits else skinny
+        self._skinny: Any = None if deterministic or not fits else skinny
+        self._skinny_rows = max(
+            (rows for rows, numbers in SKINNY_LIMITS if weight.numel() <= numbers), default=0
+        )
+
+    def _is_skinny(self, rows: int) -> bool:
+        return self._skinny is not None and rows <= self._skinny_rows
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Multiply all rows.
@@ -56,7 +65,7 @@ class DeviceLinear:
             out: [rows, out_features], compute dtype or fp32.
         """
         rows = x.shape[0]
-        if self._skinny is not None and rows <= SKINNY_ROWS:
+        if self._is_skinny(rows):
             self._skinny(x, self.weight, self.bias, out)
         elif not self.tiles or rows == self.tiles[-1]:
             self._multiply(x, out)
@@ -65,7 +74,7 @@ class DeviceLinear:
 
     def serves_silu_mul(self, rows: int) -> bool:
         """Whether so many rows can be multiplied and gated by one kernel."""
-        return self._skinny is not None and self.bias is None and rows <= SKINNY_ROWS
+        return self.bias is None and self._is_skinny(rows)
 
     def _multiply_tiles(self, x: torch.Tensor, out: torch.Tensor) -> None:
         begin, rows = 0, x.shape[0]
@@ -148,7 +157,7 @@ class DeviceLinearFactory:
             return f"tiles of {DEVICE_DETERMINISTIC_TILE} rows"
         if self._skinny is None:
             return "torch.mm"
-        return f"skinny_linear up to {SKINNY_ROWS} rows, torch.mm above"
+        return "skinny_linear for few rows and small matrices, torch.mm for the rest"
 
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DeviceLinear:
         """Linear of `weight` [out, in] and `bias` [out] or None."""
