@@ -77,6 +77,12 @@ def _on_cpu(make_engine):
     return make
 
 
+def _settle() -> None:
+    """Tests write to the device on a stream of their own: wait for it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _tree(engine, params=GREEDY) -> list[list[int]]:
     """Prompts, forks at the end and inside, rollbacks, prunes; returns what the branches hold."""
     root = engine.prompt(TEXT * 3)
@@ -226,9 +232,11 @@ def test_a_full_page_that_changes_is_named(on_device):
     page = engine.core.segments(branch.handle)[0][4][1]
     value = engine._parts.pages.k[0, page, 0, 0, 0].item()
     engine._parts.pages.k[0, page, 0, 0, 0] = value + 1
+    _settle()
     with pytest.raises(IntegrityError, match=f"page {page} changed"):
         engine.check_integrity()
     engine._parts.pages.k[0, page, 0, 0, 0] = value
+    _settle()
 
 
 def test_reading_a_slot_that_nobody_wrote_ends_the_branch(on_device):
@@ -250,6 +258,7 @@ def test_logits_that_are_not_finite_end_their_branch_only(on_kernels):
     embedding = engine._parts.runner.state.model.embedding
     good = embedding[7].clone()
     embedding[7] = float("nan")
+    _settle()
     engine.extend(branches, [[1], [7], [2], [3]])
     results = engine.complete(branches, GREEDY.replace(max_tokens=3))
     embedding[7] = good
