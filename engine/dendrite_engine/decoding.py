@@ -144,7 +144,7 @@ class Decoder:
             held: tokens that each branch held when they were computed, i32 [n].
         """
         top = None
-        if len(group.with_top):
+        if group.with_top:
             top = self._sampler.begin_top(logits, rows[group.with_top], group.num_top)
         tokens = self._sampler.begin(logits, rows, group.settings, held)
         return Launch(group, held, tokens, top)
@@ -303,6 +303,6 @@ class Decoder:
 
 
 def _rows(
-    rows: np.ndarray, ids: np.ndarray, values: np.ndarray
+    rows: Sequence[int], ids: np.ndarray, values: np.ndarray
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    return {row: (ids[i], values[i]) for i, row in enumerate(rows.tolist())}
+    return {row: (ids[i], values[i]) for i, row in enumerate(rows)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -58,6 +57,12 @@ class LaneGroup:
         left: tokens that each may still generate, i64 [n].
         flags: see `DecodingLane.flags`, u8 [n].
         settings: how they sample.
+        ends_on_eos: which lanes end with an end-of-turn token, bool [n].
+        stop_ids: pairs of (row, id that ends it), i64 [m] and i32 [m]; None where there are none.
+        with_stop_texts: rows that a string may end.
+        with_penalties: rows whose next token depends on which came before.
+        with_top: rows that report alternatives.
+        num_top: most alternatives that a row reports.
     """
 
     def __init__(
@@ -72,6 +77,13 @@ class LaneGroup:
         self.lanes = lanes
         self.handles, self.ids, self.left, self.flags = handles, ids, left, flags
         self.settings = settings
+        self._present = int(np.bitwise_or.reduce(flags)) if lanes else 0
+        self.ends_on_eos = (flags & _ENDS_ON_EOS).view(bool)
+        self.stop_ids = self._pair_stop_ids()
+        self.with_stop_texts = self._rows_with(_STOP_TEXTS)
+        self.with_penalties = self._rows_with(_PENALTIES)
+        self.with_top = self._rows_with(_TOP)
+        self.num_top = max((lanes[row].params.logprobs for row in self.with_top), default=0)
 
     @classmethod
     def of(cls, lanes: Sequence[DecodingLane]) -> LaneGroup:
@@ -117,14 +129,7 @@ class LaneGroup:
             self.settings.joined(other.settings),
         )
 
-    @cached_property
-    def ends_on_eos(self) -> np.ndarray:
-        """Which lanes end with an end-of-turn token, bool [n]."""
-        return (self.flags & _ENDS_ON_EOS).astype(bool)
-
-    @cached_property
-    def stop_ids(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Pairs of (row, id that ends it), i64 [m] and i32 [m]; None where there are none."""
+    def _pair_stop_ids(self) -> tuple[np.ndarray, np.ndarray] | None:
         pairs = [
             (row, token_id)
             for row in self._rows_with(_STOP_IDS)
@@ -135,28 +140,10 @@ class LaneGroup:
         rows, ids = zip(*pairs, strict=True)
         return np.array(rows, np.int64), np.array(ids, np.int32)
 
-    @cached_property
-    def with_stop_texts(self) -> list[int]:
-        """Rows that a string may end."""
-        return self._rows_with(_STOP_TEXTS)
-
-    @cached_property
-    def with_penalties(self) -> list[int]:
-        """Rows whose next token depends on which came before."""
-        return self._rows_with(_PENALTIES)
-
-    @cached_property
-    def with_top(self) -> np.ndarray:
-        """Rows that report alternatives, i64 [m]."""
-        return np.array(self._rows_with(_TOP), np.int64)
-
-    @cached_property
-    def num_top(self) -> int:
-        """Most alternatives that a row reports."""
-        return max((self.lanes[row].params.logprobs for row in self.with_top.tolist()), default=0)
-
     def _rows_with(self, flag: int) -> list[int]:
-        rows: list[int] = np.flatnonzero(self.flags & flag).tolist()
+        if not self._present & flag:
+            return []
+        rows: list[int] = (self.flags & flag).nonzero()[0].tolist()
         return rows
 
 
@@ -187,6 +174,8 @@ class Roster:
 
     def add(self, group: LaneGroup, probes: Sequence[Lane]) -> None:
         """Put lanes behind those that are there."""
+        if not (group.lanes or probes):
+            return
         self.group = self.group.joined(group)
         self.probes += tuple(probes)
         self._waiting = None

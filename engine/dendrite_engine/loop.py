@@ -206,16 +206,23 @@ class StepLoop:
         decoding = [lane for lane in fresh if isinstance(lane, DecodingLane)]
         probes = [lane for lane in fresh if not isinstance(lane, DecodingLane)]
         self._finish_probes([(lane, ready[lane]) for lane in probes if lane in ready])
-        self._roster.add(LaneGroup.of(decoding), [lane for lane in probes if lane not in ready])
-        offset = len(self._roster.group) - len(decoding)
-        places = np.array([i for i, lane in enumerate(decoding) if lane in ready], np.int64)
-        if len(places):
-            group = self._roster.group.take(places + offset)
-            rows = [ready[lane] for lane in group.lanes]
-            held = np.array([row.num_tokens for row in rows], np.int32)
-            self._draw(self._decoder.begin(group, *gather_rows(rows), held), places + offset)
-            for lane in group.lanes:  # they belong to the text without the token
-                lane.branch._logits = None
+        group = self._begin_group(LaneGroup.of(decoding), ready)
+        self._roster.add(group, [lane for lane in probes if lane not in ready])
+
+    def _begin_group(self, group: LaneGroup, ready: dict[Lane, LogitsRow]) -> LaneGroup:
+        """Sample for the lanes whose logits are there; returns those that go on."""
+        places = np.array([i for i, lane in enumerate(group.lanes) if lane in ready], np.int64)
+        if not len(places):
+            return group
+        some = group if len(places) == len(group) else group.take(places)
+        rows = [ready[lane] for lane in some.lanes]
+        held = np.array([row.num_tokens for row in rows], np.int32)
+        ended = self._draw(self._decoder.begin(some, *gather_rows(rows), held))
+        for lane in some.lanes:  # they belong to the text without the token
+            lane.branch._logits = None
+        if some is not group:
+            group.left[places] = some.left
+        return group.without(ended) if ended else group
 
     def _logits(self, lane: Lane) -> LogitsRow | None:
         """The lane's next-token logits, when they belong to what the branch holds now."""
@@ -273,17 +280,18 @@ class StepLoop:
     def _land(self, step: _Step) -> None:
         """Wait for what a forward pass gives, and hand it to the lanes."""
         if step.launch is not None:
-            self._draw(step.launch, step.places)
+            ended = self._draw(step.launch)
+            if step.places is not None:
+                self._roster.group.left[step.places] = step.launch.group.left
+            if ended:
+                self._roster.remove(ended)
         self._finish_probes(step.probes, keep=False)
 
-    def _draw(self, launch: Launch, places: np.ndarray | None) -> None:
-        """Give lanes their tokens; those that end with it leave, and all are reported later."""
+    def _draw(self, launch: Launch) -> set[Lane]:
+        """Give lanes their tokens, to be reported later; returns those that end with them."""
         drawn = self._decoder.draw(launch)
-        if places is not None:
-            self._roster.group.left[places] = launch.group.left
-        if drawn.reasons or drawn.refused:
-            self._roster.remove(drawn.ended)
         self._reports.append(partial(self._decoder.report, drawn, self._close))
+        return drawn.ended if drawn.reasons or drawn.refused else set()
 
     def _finish_probes(self, ready: Sequence[tuple[Lane, LogitsRow]], *, keep: bool = True) -> None:
         """End lanes that only wanted logits; `keep`: the logits may stay where they are."""

@@ -179,7 +179,7 @@ def test_a_group_knows_which_parts_of_a_step_concern_which_lane():
     assert group.ends_on_eos.tolist() == [True, True, True, True, False, True]
     assert group.with_stop_texts == [2]
     assert group.with_penalties == [2, 3, 5]
-    assert (group.with_top.tolist(), group.num_top) == ([3], 3)
+    assert (group.with_top, group.num_top) == ([3], 3)
     rows, ids = group.stop_ids
     assert (rows.tolist(), ids.tolist()) == ([4, 4], [4, 5])
     assert group.left.tolist() == [16] * 5 + [7]
