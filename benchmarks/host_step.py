@@ -178,13 +178,18 @@ def measure(branches: int, args: argparse.Namespace) -> dict[str, float]:
     for stamps in (clock.launched, clock.returned, clock.waiting, clock.known):
         stamps.clear()
     params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=args.tokens)
+    each = [params] * branches
+    if args.ragged:  # one more each step, in no order
+        each = [
+            params.replace(max_tokens=args.tokens - i * 37 % args.tokens) for i in range(branches)
+        ]
     heard: list[TokenEvent] = []
     on_event = heard.append if args.listen else None
     busy = threading.Event()
     if args.busy:
         threading.Thread(target=_compute, args=(busy,), daemon=True).start()
     start = time.perf_counter()
-    engine._start(Job(forks, [params] * branches, on_event=on_event)).result()
+    engine._start(Job(forks, each, on_event=on_event)).result()
     total = time.perf_counter() - start
     busy.set()
     engine.close()
@@ -212,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--device-ms", type=float, default=0.0, help="time of a step on the device")
     parser.add_argument("--listen", action="store_true", help="a callback hears every event")
+    parser.add_argument("--ragged", action="store_true", help="branches end at different times")
     parser.add_argument("--busy", action="store_true", help="another Python thread computes")
     parser.add_argument("--profile", action="store_true", help="profile the engine thread")
     args = parser.parse_args(argv)
