@@ -75,12 +75,12 @@ OPS: dict[str, Op] = {
     ),
     "sample": Op(
         "device_reference_sampling:sample",
-        "(Tensor logits, Tensor params_i, Tensor params_f, Tensor(a!) tokens,"
-        " Tensor(b!) logprobs) -> ()",
+        "(Tensor logits, Tensor params, Tensor(a!) workspace, Tensor(b!) out,"
+        " Tensor? previous=None, bool greedy=False, int blocks=0) -> ()",
     ),
     "top_logprobs": Op(
         "device_reference_sampling:top_logprobs",
-        "(Tensor logits, int k, Tensor(a!) ids, Tensor(b!) logprobs) -> ()",
+        "(Tensor logits, int k, Tensor(a!) ids, Tensor(b!) logprobs, Tensor? rows=None) -> ()",
     ),
 }
 
@@ -273,15 +273,20 @@ class DeviceKernels:
         """See `device_reference_linear.skinny_linear_silu_mul`."""
         self._skinny_linear_silu_mul(x, weight, out)
 
-    def sample(self, *arguments: torch.Tensor) -> None:
+    def sample(
+        self, logits: torch.Tensor, params: torch.Tensor, workspace: torch.Tensor,
+        out: torch.Tensor, previous: torch.Tensor | None = None, greedy: bool = False,
+        blocks: int = 0,
+    ) -> None:  # fmt: skip
         """See `device_reference_sampling.sample`."""
-        self._sample(*arguments)
+        self._sample(logits, params, workspace, out, previous, greedy, blocks)
 
     def top_logprobs(
-        self, logits: torch.Tensor, k: int, ids: torch.Tensor, logprobs: torch.Tensor
-    ) -> None:
+        self, logits: torch.Tensor, k: int, ids: torch.Tensor, logprobs: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         """See `device_reference_sampling.top_logprobs`."""
-        self._top_logprobs(logits, k, ids, logprobs)
+        self._top_logprobs(logits, k, ids, logprobs, rows)
 
 
 def device_kernels(path: Path | None = None) -> DeviceKernels:
