@@ -33,7 +33,7 @@ from dendrite_engine.engine import Engine
 from dendrite_engine.jobs import Job
 from dendrite_engine.loop import StepLoop
 from dendrite_engine.models.tokenizer import StreamDecoder
-from dendrite_engine.sampling import Sampler, SamplingRows
+from dendrite_engine.sampling import SamplingRows
 from dendrite_engine.sampling_params import SamplingParams
 from dendrite_engine.scheduler import Scheduler
 from dendrite_engine.trace import Trace
@@ -109,11 +109,11 @@ class FakeTokens:
         return self._tokens, logprobs
 
 
-class FakeSampler(Sampler):
+class FakeSampler:
     """Draws from a fixed stream of tokens."""
 
     def __init__(self, clock: Clock, seconds: float) -> None:
-        super().__init__(None, VOCAB)
+        self.vocab_size = VOCAB
         self._clock, self._seconds = clock, seconds
         self._stream = np.random.default_rng(0).integers(256, VOCAB, 1 << 20, dtype=np.int32)
         self._at = 0
@@ -121,11 +121,15 @@ class FakeSampler(Sampler):
     def begin(
         self, logits: torch.Tensor, rows: np.ndarray, settings: SamplingRows, positions: np.ndarray
     ) -> FakeTokens:
-        """See `Sampler.begin`."""
+        """See TokenSampler.begin."""
         del logits, settings, positions
         self._at = (self._at + 1000) % (1 << 19)
         tokens = self._stream[self._at : self._at + len(rows)].copy()
         return FakeTokens(self._clock, tokens, time.perf_counter() + self._seconds)
+
+    def begin_top(self, logits: torch.Tensor, rows: np.ndarray, k: int) -> FakeTokens:
+        """No branch of this benchmark reports alternatives."""
+        raise NotImplementedError
 
 
 class FakeTokenizer:

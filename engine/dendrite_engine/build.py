@@ -31,7 +31,7 @@ from dendrite_engine.models.random_weights import RandomWeights
 from dendrite_engine.models.tokenizer import Tokenizer
 from dendrite_engine.models.transformer import Transformer
 from dendrite_engine.runner import ModelRunner, Runner
-from dendrite_engine.sampling import Sampler
+from dendrite_engine.sampling import Sampler, TokenSampler
 from dendrite_engine.scheduler import Scheduler
 from dendrite_engine.trace import Trace
 from dendrite_engine.types import EngineStats
@@ -117,7 +117,7 @@ def build_parts(model: str | Path, config: EngineConfig) -> Parts:
     trace = Trace()
     decoder = Decoder(
         core,
-        Sampler(_sampling_ops(side, choice), model_config.vocab_size),
+        _sampler(side, choice, model_config.vocab_size),
         tokenizer,
         trace,
         eos_ids=model_config.eos_token_ids,
@@ -132,9 +132,15 @@ def build_parts(model: str | Path, config: EngineConfig) -> Parts:
     )  # fmt: skip
 
 
-def _sampling_ops(side: CpuParts | DeviceParts, choice: DeviceChoice) -> Any:
-    """The twin's logits are in host memory, where the CPU path's kernels sample."""
-    return kernels.load("auto") if choice.is_twin else side.ops
+def _sampler(side: CpuParts | DeviceParts, choice: DeviceChoice, vocab_size: int) -> TokenSampler:
+    """Tokens are chosen where the logits are; those of the twin are in host memory."""
+    if not choice.uses_device_path:
+        return Sampler(side.ops, vocab_size)
+    if choice.is_twin:
+        return Sampler(kernels.load("auto"), vocab_size)
+    from dendrite_engine.device.sampler import DeviceSampler
+
+    return DeviceSampler(side.ops, vocab_size, choice.device)
 
 
 def batch_limits(config: EngineConfig, choice: DeviceChoice) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from dendrite_engine.errors import NumericError, OutOfPages, StaleBranch
 from dendrite_engine.jobs import Job
 from dendrite_engine.lanes import DecodingLane, LaneGroup
 from dendrite_engine.models.tokenizer import Tokenizer
-from dendrite_engine.sampling import PendingTokens, Sampler, SamplerState
+from dendrite_engine.sampling import PendingTokens, SamplerState, TokenSampler
 from dendrite_engine.sampling_params import SamplingParams
 from dendrite_engine.scheduler import Lane
 from dendrite_engine.trace import Trace
@@ -83,7 +83,7 @@ class Decoder:
     def __init__(
         self,
         core: Any,
-        sampler: Sampler,
+        sampler: TokenSampler,
         tokenizer: Tokenizer,
         trace: Trace,
         *,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from dendrite_engine.kernels.sampling_batch import SamplingBatch
 from dendrite_engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from dendrite_engine.kernels.sampling_pack import SamplingTable
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -101,6 +104,7 @@ class SamplingRows:
         top_k: i32 [R].
         seeds, path_keys: u64 [R].
         special: rows with penalties or a logit bias, and their states.
+        packed: the same for a device, when it was needed; see device.sampler.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class SamplingRows:
         self.floats, self.top_k = floats, top_k
         self.seeds, self.path_keys = seeds, path_keys
         self.special = special
+        self.packed: SamplingTable | None = None
 
     @classmethod
     def of(cls, states: Sequence[SamplerState]) -> SamplingRows:
@@ -190,12 +195,23 @@ class SamplingRows:
 
     def batch(self, positions: np.ndarray) -> SamplingBatch:
         """Settings of one step for the host's kernels; the new tokens take these positions [R]."""
-        temperature, top_p, min_p, repetition, presence, frequency = self.floats
         draws = np.zeros(len(self), np.float64)
         if self.draws:
             draws = uniform_rows(self.seeds, self.path_keys, positions)
-            draws[temperature <= 0] = 0.0
-        pen_indptr, pen_ids, pen_counts = self.penalties()
+            draws[self.floats[0] <= 0] = 0.0
+        return self._batch(draws, self.penalties())
+
+    def neutral_batch(self) -> SamplingBatch:
+        """`batch` without what changes from step to step: draws and tokens seen."""
+        nothing = np.zeros(0, np.int32)
+        indptr = np.zeros(len(self) + 1, np.int32)
+        return self._batch(np.zeros(len(self), np.float64), (indptr, nothing, nothing))
+
+    def _batch(
+        self, draws: np.ndarray, penalties: tuple[np.ndarray, np.ndarray, np.ndarray]
+    ) -> SamplingBatch:
+        temperature, top_p, min_p, repetition, presence, frequency = self.floats
+        pen_indptr, pen_ids, pen_counts = penalties
         bias_indptr, bias_ids, bias_values = self.bias
         return SamplingBatch(
             temperature=temperature,
@@ -234,17 +250,19 @@ class SampledTokens:
         return self.tokens, self.logprobs
 
 
-class Sampler:
-    """Samples a batch of rows in one kernel call."""
+class TokenSampler(Protocol):
+    """Chooses tokens from logits where the logits are; used by the engine thread only.
 
-    def __init__(self, ops: Any, vocab_size: int) -> None:
-        self._ops = ops
-        self.vocab_size = vocab_size
+    Attributes:
+        vocab_size: logits of a row.
+    """
+
+    vocab_size: int
 
     def begin(
         self, logits: torch.Tensor, rows: np.ndarray, settings: SamplingRows, positions: np.ndarray
     ) -> PendingTokens:
-        """Draw one token for each of n rows: [n]; token -1 where a row is not finite.
+        """Start drawing one token for each of n rows: [n]; token -1 where a row is not finite.
 
         Args:
             logits: fp32 [R, vocab].
@@ -252,11 +270,27 @@ class Sampler:
             settings: how each is sampled.
             positions: position that each new token will take, i32 [n].
         """
-        tokens, logprobs = self._ops.sample(_select(logits, rows), settings.batch(positions))
-        return SampledTokens(np.asarray(tokens), np.asarray(logprobs))
 
     def begin_top(self, logits: torch.Tensor, rows: np.ndarray, k: int) -> PendingTokens:
         """The k most likely tokens of the rows i64 [n] of logits fp32 [R, vocab]: [n, k]."""
+
+
+class Sampler:
+    """The sampler of logits in host memory: done when `begin` returns; see TokenSampler."""
+
+    def __init__(self, ops: Any, vocab_size: int) -> None:
+        self._ops = ops
+        self.vocab_size = vocab_size
+
+    def begin(
+        self, logits: torch.Tensor, rows: np.ndarray, settings: SamplingRows, positions: np.ndarray
+    ) -> SampledTokens:
+        """See TokenSampler.begin."""
+        tokens, logprobs = self._ops.sample(_select(logits, rows), settings.batch(positions))
+        return SampledTokens(np.asarray(tokens), np.asarray(logprobs))
+
+    def begin_top(self, logits: torch.Tensor, rows: np.ndarray, k: int) -> SampledTokens:
+        """See TokenSampler.begin_top."""
         k = min(k, self.vocab_size)
         ids, logprobs = self._ops.top_logprobs(_select(logits, rows), k)
         return SampledTokens(np.asarray(ids), np.asarray(logprobs))
