@@ -228,3 +228,38 @@ class TreeCore:
         """
     def debug_unsealed(self) -> list[int]:
         """Return sealed pages that are rewritten after a rollback, since the last call."""
+
+def attention_work(
+    positions: IntegerArray,
+    node_pos: IntegerArray,
+    node_len: IntegerArray,
+    node_row_begin: IntegerArray,
+    node_row_end: IntegerArray,
+    node_page_indptr: IntegerArray,
+    page_indices: IntegerArray,
+    rows: int,
+    page_size: int,
+    group: int,
+    q_tile: int,
+    workers: int,
+    window: int,
+    deterministic: bool,
+    out: Int32Array,
+) -> tuple[int, int, int]:
+    """Cut the attention nodes of a plan into a work list for the GPU kernels.
+
+    Args:
+        positions, node_pos, node_len, node_row_begin, node_row_end, node_page_indptr, page_indices:
+            arrays of the plan.
+        rows: rows of the batch, padding included.
+        page_size: slots of a page.
+        group: query heads of a kv head.
+        q_tile: queries of a block.
+        workers: for each kv head; see the op tree_attention_workers.
+        window: sliding window, 0 for none.
+        deterministic: cut at fixed positions, so that a row's result depends on its own pages only.
+        out: int32, written when the list fits.
+
+    Returns:
+        (ints needed, slots for partial results, blocks of rows). O(rows + entries).
+    """

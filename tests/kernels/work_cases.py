@@ -20,11 +20,12 @@ class Cut:
     deterministic: bool = False
 
 
-def cut_work(plan, page_size: int, group: int, cut: Cut, window: int = 0):
+def cut_work(plan, page_size: int, group: int, cut: Cut, window: int = 0, rows: int | None = None):
     """(work int32 tensor, slots, blocks) of a plan."""
     arrays = (
         plan.positions, plan.node_pos, plan.node_len, plan.node_row_begin, plan.node_row_end,
-        plan.node_page_indptr, plan.page_indices, len(plan.positions), page_size, group, cut.q_tile, cut.workers,
+        plan.node_page_indptr, plan.page_indices,
+        len(plan.positions) if rows is None else rows, page_size, group, cut.q_tile, cut.workers,
         window, cut.deterministic,
     )  # fmt: skip
     needed, slots, blocks = _core.attention_work(*arrays, np.empty(0, np.int32))
@@ -46,7 +47,7 @@ def attend_device(
     """Run the op `tree_attention` on poisoned memory; returns fp32 on the CPU."""
     plan = plan or case.plan
     q = (case.q if q is None else q).to(dtype)
-    work, slots, blocks = cut_work(plan, case.page_size, case.heads // case.kv_heads, cut, window)
+    work, slots, _blocks = cut_work(plan, case.page_size, case.heads // case.kv_heads, cut, window)
     k_pages, v_pages = device_pages(case, dtype)
     partials = torch.full((slots * case.kv_heads * cut.q_tile * (case.head_dim + 2) + 4,), NAN)
     out = torch.full_like(q, NAN)

@@ -92,7 +92,7 @@ def _block(
 ) -> torch.Tensor:  # fmt: skip
     """q [rows, heads, head_dim] of one block -> the same shape in fp32."""
     rows, heads, dim = q.shape
-    pages, kv_heads, page_size, _ = k_pages.shape
+    _pages, kv_heads, _page_size, _ = k_pages.shape
     slot, pos, length, readers = (entries[:, i].long() for i in (0, 1, 3, 2))
     offset = torch.arange(UNIT)
     index = slot[:, None] + torch.minimum(offset[None], (length - 1).clamp(min=0)[:, None])
@@ -109,8 +109,10 @@ def _block(
     grouped = q.float().reshape(rows, kv_heads, heads // kv_heads, dim)
     scores = torch.einsum("rhgd,shd->rhgs", grouped, keys) * scale
     scores = scores.masked_fill(~visible.to(q.device)[:, None, None], float("-inf"))
-    weights = torch.softmax(scores, -1).nan_to_num_(0.0) if not visible.any(1).all() else (
-        torch.softmax(scores, -1)
+    weights = (
+        torch.softmax(scores, -1).nan_to_num_(0.0)
+        if not visible.any(1).all()
+        else (torch.softmax(scores, -1))
     )
     return torch.einsum("rhgs,shd->rhgd", weights, values).reshape(rows, heads, dim)
 

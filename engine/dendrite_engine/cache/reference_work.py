@@ -1,0 +1,194 @@
+"""Twin of `_core.attention_work` in plain Python: the same list, cut the same way.
+
+Layout and meaning: cuda_ext/include/dendrite/attention_work.h.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+UNIT = 16  # slots of an entry
+TILE = 4  # entries that a kernel loads together
+_MIN_TILES = 2
+_SEGMENT_COST = 2  # tiles that starting and ending a segment is worth
+
+
+class _Run(NamedTuple):
+    """Units [first, last) of a node, read by rows [begin, end) of one block."""
+
+    node: int
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
+@dataclass
+class _Piece:
+    """Entries [begin, begin + count) of one block."""
+
+    block: int
+    begin: int
+    count: int
+
+
+def chunk_of(position: int) -> int:
+    """Number of the deterministic chunk of a position: 512 long up to 16384, then 16 for each
+    doubling.
+    """
+    k = 0 if position < 8192 else position.bit_length() - 14
+    return 16 * k + (position >> (9 + k))
+
+
+def _chunk_end(position: int) -> int:
+    k = 0 if position < 8192 else position.bit_length() - 14
+    return ((position >> (9 + k)) + 1) << (9 + k)
+
+
+def attention_work(
+    positions: np.ndarray, node_pos: np.ndarray, node_len: np.ndarray, node_row_begin: np.ndarray,
+    node_row_end: np.ndarray, node_page_indptr: np.ndarray, page_indices: np.ndarray, rows: int,
+    page_size: int, group: int, q_tile: int, workers: int, window: int, deterministic: bool,
+    out: np.ndarray,
+) -> tuple[int, int, int]:  # fmt: skip
+    """See `_core.attention_work`; O(rows + entries) in Python."""
+    rows_per_block = max(1, q_tile // group)
+    unit = min(UNIT, page_size)
+    cells: list[dict[int, list[_Run]]] = [{} for _ in range(-(-rows // rows_per_block))]
+    for node in range(len(node_pos)):
+        begin, end = int(node_row_begin[node]), int(node_row_end[node])
+        for block in range(begin // rows_per_block, -(-end // rows_per_block)):
+            low = max(begin, block * rows_per_block)
+            high = min(end, (block + 1) * rows_per_block)
+            if low < high:
+                seen = positions[low:high]
+                base = block * rows_per_block
+                span = (int(node_pos[node]), int(node_len[node]))
+                for chunk, first, last in _visible(span, seen, unit, window, deterministic):
+                    run = _Run(node, first, last, low - base, high - base)
+                    cells[block].setdefault(chunk, []).append(run)
+    entries, pieces = _entries(cells, node_pos, node_len, node_page_indptr, page_indices, page_size)
+    if not deterministic:
+        pieces = _cut(pieces, workers)
+    blocks, segments = _deal(pieces, len(cells), rows_per_block, len(positions), workers)
+    return _write(blocks, segments, entries, out)
+
+
+def _visible(
+    span: tuple[int, int], seen: np.ndarray, unit: int, window: int, deterministic: bool
+) -> list[tuple[int, int, int]]:
+    """(chunk, first unit, last unit) of what rows at the positions `seen` can see of a node."""
+    pos, length = span
+    begin = max(pos, int(seen.min()) - window + 1) if window > 0 else pos
+    stop = min(pos + length, int(seen.max()) + 1)
+    begin -= (begin - pos) % unit
+    parts = []
+    while begin < stop:
+        cut = min(stop, _chunk_end(begin)) if deterministic else stop
+        chunk = chunk_of(begin) if deterministic else 0
+        parts.append((chunk, (begin - pos) // unit, -(-(cut - pos) // unit)))
+        begin = cut
+    return parts
+
+
+def _entries(
+    cells: list[dict[int, list[_Run]]], node_pos: np.ndarray, node_len: np.ndarray,
+    indptr: np.ndarray, pages: np.ndarray, page_size: int,
+) -> tuple[list[tuple[int, int, int, int]], list[_Piece]]:  # fmt: skip
+    unit = min(UNIT, page_size)
+    per_page = page_size // unit
+    entries: list[tuple[int, int, int, int]] = []
+    pieces = []
+    for block, chunks in enumerate(cells):
+        for chunk in sorted(chunks):
+            at = len(entries)
+            for run in chunks[chunk]:
+                first_page = int(indptr[run.node])
+                for u in range(run.first, run.last):
+                    slot = int(pages[first_page + u // per_page]) * page_size + u % per_page * unit
+                    left = int(node_len[run.node]) - u * unit
+                    readers = run.begin | run.end << 16
+                    entries.append(
+                        (slot, int(node_pos[run.node]) + u * unit, readers, min(unit, left))
+                    )
+            pieces.append(_Piece(block, at, len(entries) - at))
+            entries += [(0, 0, 0, 0)] * (-len(entries) % TILE)
+    return entries, pieces
+
+
+def _tiles(count: int) -> int:
+    return -(-count // TILE)
+
+
+def _cut(pieces: list[_Piece], workers: int) -> list[_Piece]:
+    """Cut at multiples of the shortest length of which every worker gets at most one; with more
+    blocks than workers, of half a share.
+    """
+    sizes = [_tiles(piece.count) for piece in pieces]
+    if len(pieces) > workers:
+        length = max(_MIN_TILES, (sum(sizes) // workers + 1) // 2)
+    else:
+        length = _MIN_TILES
+        while sum(-(-size // length) for size in sizes) > workers:
+            length += 1
+    step = length * TILE
+    return [
+        _Piece(piece.block, piece.begin + at, min(step, piece.count - at))
+        for piece in pieces
+        for at in range(0, piece.count, step)
+    ]
+
+
+def _deal(
+    pieces: list[_Piece], num_blocks: int, rows_per_block: int, num_rows: int, workers: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Blocks and segments; the largest piece first, each to the worker with the least to do."""
+    count = [0] * num_blocks
+    for piece in pieces:
+        count[piece.block] += 1
+    blocks, slots = [], 0
+    for block in range(num_blocks):
+        first = block * rows_per_block
+        shares = count[block] if count[block] > 1 else 0
+        blocks.append([first, min(max(num_rows - first, 0), rows_per_block), shares, slots])
+        slots += shares
+    slot_of, next_slot = [], 0
+    for piece in pieces:
+        has_slot = blocks[piece.block][2] > 0
+        slot_of.append(next_slot if has_slot else -1)
+        next_slot += has_slot
+    segments = [[0, 0, -1, 0, 0, -1, 0, 0] for _ in range(workers)]
+    last = [-1] * workers
+    least = [(0, worker) for worker in range(workers)]
+    for i in sorted(range(len(pieces)), key=lambda i: -pieces[i].count):
+        piece = pieces[i]
+        load, worker = heapq.heappop(least)
+        heapq.heappush(least, (load + _tiles(piece.count) + _SEGMENT_COST, worker))
+        first, size = blocks[piece.block][:2]
+        segment = [piece.begin, piece.count, slot_of[i], first, size, -1, piece.block, 0]
+        if last[worker] < 0:
+            segments[worker], last[worker] = segment, worker
+        else:
+            segments[last[worker]][5] = last[worker] = len(segments)
+            segments.append(segment)
+    return blocks, segments
+
+
+def _write(
+    blocks: list[list[int]], segments: list[list[int]], entries: list[tuple[int, int, int, int]],
+    out: np.ndarray,
+) -> tuple[int, int, int]:  # fmt: skip
+    slots = sum(block[2] for block in blocks)
+    at = 4 + 4 * len(blocks) + 8 * len(segments)
+    size = at + 4 * len(entries)
+    if size <= len(out):
+        for segment in segments:
+            segment[0] = at + 4 * segment[0]
+        parts = [[slots, len(segments), len(entries), 0], *blocks, *segments, *entries]
+        flat = np.concatenate([np.asarray(part, np.int64) for part in parts])
+        out[:size] = flat.astype(np.int32)
+    return size, slots, len(blocks)

@@ -1,0 +1,171 @@
+"""The work list of the GPU's tree attention: native and twin cut alike, and every row sees its path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dendrite_engine import _core
+from dendrite_engine.cache.reference_work import attention_work as twin
+from dendrite_engine.cache.reference_work import chunk_of
+from dendrite_engine.errors import InvalidArgument
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+from tree_cases import FakePlan, Segment, TreeCase, random_segments
+
+CUTS = [(64, 4, 1), (128, 33, 4), (64, 1, 3), (16, 7, 16)]  # q_tile, workers, group
+
+
+def arguments(
+    plan, *, rows=None, page_size=16, group=1, q_tile=64, workers=4, window=0, exact=False
+):
+    return (
+        plan.positions, plan.node_pos, plan.node_len, plan.node_row_begin, plan.node_row_end,
+        plan.node_page_indptr, plan.page_indices, len(plan.positions) if rows is None else rows,
+        page_size, group, q_tile, workers, window, exact,
+    )  # fmt: skip
+
+
+def build(function, *args):
+    needed, slots, blocks = function(*args, np.empty(0, np.int32))
+    out = np.full(needed, -9, np.int32)
+    assert function(*args, out) == (needed, slots, blocks)
+    return out, slots, blocks
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("seed", range(6))
+def test_native_and_twin_write_the_same_list(seed, cut, window, exact):
+    q_tile, workers, group = cut
+    page_size = [16, 4, 32, 1][seed % 4]
+    case = TreeCase(random_segments(seed, longest=300), page_size=page_size, seed=seed)
+    args = arguments(
+        case.plan, rows=len(case.plan.positions) + seed, page_size=page_size, group=group,
+        q_tile=q_tile, workers=workers, window=window, exact=exact,
+    )  # fmt: skip
+    native, *native_counts = build(_core.attention_work, *args)
+    plain, *plain_counts = build(twin, *args)
+    assert native_counts == plain_counts
+    np.testing.assert_array_equal(native, plain)
+
+
+def chains(work, rows, q_tile, group):
+    """Segments of each block in merge order, as (block, entries)."""
+    num_blocks = -(-rows // max(1, q_tile // group))
+    at = 4 + 4 * num_blocks
+    segments = work[at : at + 8 * work[1]].reshape(-1, 8)
+    reached = set()
+    for first in range(len(segments)):
+        if segments[first][5] >= 0:
+            assert segments[first][5] not in reached, "a segment is reached twice"
+            reached.add(int(segments[first][5]))
+    used = segments[segments[:, 1] > 0]
+    order = np.lexsort((used[:, 0], used[:, 6]))
+    return [(s, work[s[0] : s[0] + 4 * s[1]].reshape(-1, 4)) for s in used[order]]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("workers", [1, 4, 132])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_row_reads_its_positions_once_and_in_order(seed, workers, exact):
+    case = TreeCase(random_segments(seed, count=20, longest=400), seed=seed)
+    plan, group, q_tile = case.plan, 4, 64
+    args = arguments(plan, group=group, q_tile=q_tile, workers=workers, exact=exact)
+    work, slots, _ = build(_core.attention_work, *args)
+    seen = [[] for _ in plan.positions]
+    taken = []
+    for segment, entries in chains(work, len(plan.positions), q_tile, group):
+        taken += [int(segment[2])] if segment[2] >= 0 else []
+        for slot, pos, readers, length in entries.tolist():
+            for row in range(readers & 0xFFFF, readers >> 16):
+                seen[segment[3] + row] += [(pos + i, slot + i) for i in range(length)]
+    assert sorted(taken) == list(range(slots))
+    for row, position in enumerate(plan.positions.tolist()):
+        places = [p for p, _ in seen[row] if p <= position]
+        assert places == list(range(position + 1))
+        pages = [p for n in plan.nodes() if n[2] <= row < n[3] for p in n[4]]
+        assert [s for p, s in seen[row] if p <= position] == [
+            pages[p // 16] * 16 + p % 16 for p in range(position + 1)
+        ]
+
+
+def test_blocks_with_a_common_prefix_are_cut_at_the_same_places():
+    case = TreeCase([Segment(None, 0, 4096, 0)] + [Segment(0, 4096, 3, 1) for _ in range(64)])
+    args = arguments(case.plan, group=4, q_tile=64, workers=33)
+    work, _, _ = build(_core.attention_work, *args)
+    starts = {}
+    for segment, entries in chains(work, 64, 64, 4):
+        starts.setdefault(int(segment[6]), []).append(int(entries[0][1]))
+    cuts = [sorted(s for s in starts[block] if s < 4096) for block in starts]
+    assert all(cut == cuts[0] for cut in cuts)
+
+
+@pytest.mark.parametrize("workers", [8, 33, 132])
+def test_no_worker_gets_much_more_than_its_share(workers):
+    case = TreeCase(random_segments(3, count=60, longest=500), seed=1)
+    args = arguments(case.plan, group=4, q_tile=64, workers=workers)
+    work, _, blocks = build(_core.attention_work, *args)
+    at = 4 + 4 * blocks
+    segments = work[at : at + 8 * work[1]].reshape(-1, 8).tolist()
+    loads = []
+    for first in range(workers):
+        load, index = 0, first
+        while index >= 0:
+            load += -(-segments[index][1] // 4)
+            index = segments[index][5]
+        loads.append(load)
+    assert max(loads) <= 2 * max(2, -(-sum(loads) // workers))
+
+
+def test_chunks_of_the_deterministic_mode_depend_on_positions_alone():
+    assert [chunk_of(p) for p in (0, 511, 512, 8191, 8192, 16383, 16384, 17407, 17408, 32768)] == [
+        0, 0, 1, 15, 16, 31, 32, 32, 33, 48,
+    ]  # fmt: skip
+
+
+def test_a_list_that_does_not_fit_is_not_begun():
+    case = TreeCase(random_segments(1))
+    out = np.full(10, -9, np.int32)
+    for function in (_core.attention_work, twin):
+        assert function(*arguments(case.plan), out)[0] > 10
+        assert (out == -9).all()
+
+
+def test_no_rows_give_a_list_without_work():
+    case = TreeCase([Segment(None, 0, 20, 0)])
+    native, slots, blocks = build(_core.attention_work, *arguments(case.plan, rows=8))
+    assert (slots, blocks) == (0, 1)
+    assert native[2] == 0
+    np.testing.assert_array_equal(native, build(twin, *arguments(case.plan, rows=8))[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": 65}, "group must be from 1 to q_tile"),
+        ({"group": 0}, "group"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"window": -1}, "window"),
+        ({"page_size": 12}, "page_size must be a power of two, got 12"),
+        ({"rows": 1}, "rows must be at least the rows of the plan, got 1"),
+    ],
+)
+def test_bad_arguments_are_refused_with_their_numbers(changes, message):
+    case = TreeCase(random_segments(2))
+    with pytest.raises(InvalidArgument, match=message):
+        _core.attention_work(*arguments(case.plan, **changes), np.empty(0, np.int32))
+
+
+def test_a_plan_that_contradicts_itself_is_refused():
+    case = TreeCase(random_segments(2))
+    nodes = case.plan.nodes()
+    nodes[0] = (*nodes[0][:4], nodes[0][4] + [0, 0])
+    with pytest.raises(InvalidArgument, match="node 0"):
+        _core.attention_work(
+            *arguments(FakePlan.from_nodes(case.plan.positions, nodes)), np.empty(0, np.int32)
+        )
