@@ -22,6 +22,7 @@ from dendrite_engine.device.choice import (
     page_format_name,
 )
 from dendrite_engine.device.parts import DEFAULT_CPU_BYTES, DeviceParts, DeviceRequest, build_device
+from dendrite_engine.device.sampler import DeviceSampler
 from dendrite_engine.loop import StepLoop
 from dendrite_engine.models.config import ModelConfig
 from dendrite_engine.models.families import read_model_config
@@ -133,13 +134,9 @@ def build_parts(model: str | Path, config: EngineConfig) -> Parts:
 
 
 def _sampler(side: CpuParts | DeviceParts, choice: DeviceChoice, vocab_size: int) -> TokenSampler:
-    """Tokens are chosen where the logits are; those of the twin are in host memory."""
+    """Tokens are chosen where the logits are."""
     if not choice.uses_device_path:
         return Sampler(side.ops, vocab_size)
-    if choice.is_twin:
-        return Sampler(kernels.load("auto"), vocab_size)
-    from dendrite_engine.device.sampler import DeviceSampler
-
     return DeviceSampler(side.ops, vocab_size, choice.device)
 
 

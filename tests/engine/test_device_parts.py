@@ -281,6 +281,15 @@ def test_a_backend_that_can_not_run_is_replaced_and_reported(make_engine):
     assert len(engine.complete([engine.prompt("fall back")], GREEDY)[0].token_ids) == 6
 
 
+def test_without_the_native_core_work_lists_are_cut_in_python(make_engine, monkeypatch):
+    native = make_engine("llama-wide", device="cuda-twin")
+    monkeypatch.delattr("dendrite_engine._core.attention_work")
+    engine = make_engine("llama-wide", device="cuda-twin", core="reference")
+    assert "work lists are cut in Python" in engine.report()["attention"]
+    results = [e.complete(e.prompt("cut " * 20).fork(3), GREEDY) for e in (native, engine)]
+    assert [r.token_ids for r in results[0]] == [r.token_ids for r in results[1]]
+
+
 # -- logits -----------------------------------------------------------------------------------
 
 

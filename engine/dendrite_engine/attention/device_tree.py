@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -32,7 +31,7 @@ class DeviceTreeAttention(DeviceAttention):
                 f"{', '.join(map(str, _HEAD_DIMS))}"
             )
         self._setup = setup
-        self._build = _work_builder()
+        self._build, note = _work_builder()
         self._group = setup.num_heads // setup.num_kv_heads
         self._windows = sorted(setup.windows)
         like = torch.empty(1, dtype=setup.dtype, device=setup.device)
@@ -42,7 +41,7 @@ class DeviceTreeAttention(DeviceAttention):
         }
         self._slots = 0
         self._reserve(2 * max(self._workers.values()))
-        self.reason = f"{setup.ops.name} kernel ({setup.ops.reason})"
+        self.reason = f"{setup.ops.name} kernel ({setup.ops.reason}){note}"
 
     def _tile(self, rows: int) -> int:
         """Queries of a tile; a function of the batch's rows, which a captured call keeps."""
@@ -112,13 +111,12 @@ class DeviceTreeAttention(DeviceAttention):
         return ints // len(self._windows) // 4 * 4
 
 
-def _work_builder() -> Callable[..., tuple[int, int, int]]:
+def _work_builder() -> tuple[Callable[..., tuple[int, int, int]], str]:
+    """What cuts plans, and a note for the report when it is the slow twin."""
     try:
-        from dendrite_engine import _core
+        from dendrite_engine._core import attention_work
     except ImportError as error:
-        raise BackendUnavailable(f"the native core is missing ({error})") from error
-    core: Any = _core
-    if not hasattr(core, "attention_work"):
-        raise BackendUnavailable("the native core is older than this backend: build it again")
-    build: Callable[..., tuple[int, int, int]] = core.attention_work
-    return build
+        from dendrite_engine.cache import reference_work
+
+        return reference_work.attention_work, f"; work lists are cut in Python ({error})"
+    return attention_work, ""

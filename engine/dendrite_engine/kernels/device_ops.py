@@ -58,7 +58,7 @@ OPS: dict[str, Op] = {
     "tree_attention": Op(
         "device_reference_attention:tree_attention",
         "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor positions, Tensor work,"
-        " Tensor(a!) partials, Tensor(b!) counters, Tensor(c!) out, float scale, int window,"
+        " Tensor(a!) partials, Tensor(b!) out, float scale, int window,"
         " int q_tile, int workers) -> ()",
     ),
     "tree_attention_workers": Op(
@@ -245,15 +245,13 @@ class DeviceKernels:
 
     def tree_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
-        positions: torch.Tensor, work: torch.Tensor, partials: torch.Tensor,
-        counters: torch.Tensor, out: torch.Tensor, scale: float, window: int, q_tile: int,
-        workers: int,
+        positions: torch.Tensor, work: torch.Tensor, partials: torch.Tensor, out: torch.Tensor,
+        scale: float, window: int, q_tile: int, workers: int,
     ) -> None:  # fmt: skip
         """See `device_reference_attention.tree_attention`."""
         self._tree_attention(
-            q, k_pages, v_pages, positions, work, partials, counters, out, scale, window, q_tile,
-            workers,
-        )  # fmt: skip
+            q, k_pages, v_pages, positions, work, partials, out, scale, window, q_tile, workers
+        )
 
     def tree_attention_workers(
         self, like: torch.Tensor, head_dim: int, kv_heads: int, q_tile: int
