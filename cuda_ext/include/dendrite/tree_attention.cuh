@@ -1,19 +1,17 @@
 // Tree attention on tensor cores (mma.sync m16n8k16, bf16 or fp16 with fp32 accumulation).
 //
 // A block of threads takes segments of the work list one after another. A segment is a tile of up
-// to 64 * kMTiles queries (consecutive rows times the query heads of one kv head) and a run of
+// to 16 * kWarps queries (consecutive rows times the query heads of one kv head) and a run of
 // entries (16 slots of one page each) that some of those rows read. K and V of kTile entries are
 // loaded together by cp.async, two tiles deep, and used by all queries of the tile: a page is read
-// once per tile, whatever the tree. Each warp owns 16 * kMTiles queries and skips entries that none
-// of them reads. Softmax is updated entry by entry, a maximum only when it grew by more than kLazy,
+// once per tile, whatever the tree. Each warp owns 16 queries and skips entries that none of them
+// reads. Softmax is updated entry by entry, a maximum only when it grew by more than kLazy,
 // so a row's sequence of operations is that of its own entries (see attention_work.h).
 #pragma once
 
 #include "tree_attention_rows.cuh"
 
 namespace dendrite {
-
-constexpr int kAttentionThreads = 128;
 
 template <int kDim, int kTile>
 struct AttentionShared {
@@ -24,12 +22,11 @@ struct AttentionShared {
   static constexpr int kBytes = kPositionsAt + 128 * int(sizeof(int32_t));
 };
 
-template <class T, int kDim, int kMTiles, int kTile>
+template <class T, int kDim, int kWarps, int kTile>
 class AttentionWarp {
   using Shared = AttentionShared<kDim, kTile>;
   static constexpr int kSteps = kDim / 16;
-  // Entries that are scored together, as many as registers hold.
-  static constexpr int kGroup = kDim * kMTiles == 256 && kMTiles == 2 ? 1 : kTile / kMTiles;
+  static constexpr int kThreads = kWarps * 32;
 
  public:
   DENDRITE_DEVICE AttentionWarp(const TreeAttentionParams& p, char* smem) : p_(p), smem_(smem) {}
@@ -63,14 +60,14 @@ class AttentionWarp {
     }
     // Read again: it is not worth registers in the main loop.
     const WorkSegment done = read_segment(p_, index);
-    rows_.template finish<64 * kMTiles>(p_, done, head());
+    rows_.template finish<16 * kWarps>(p_, done, head());
     return done.next;
   }
 
  private:
   static DENDRITE_DEVICE int lane() { return threadIdx.x % 32; }
   static DENDRITE_DEVICE int head() { return blockIdx.y; }
-  static DENDRITE_DEVICE int first_query() { return threadIdx.x / 32 * kMTiles * 16; }
+  static DENDRITE_DEVICE int first_query() { return threadIdx.x / 32 * 16; }
 
   DENDRITE_DEVICE WorkEntry* ring(int t) const {
     return reinterpret_cast<WorkEntry*>(smem_ + Shared::kEntriesAt) + (t & 3) * kTile;
@@ -86,18 +83,15 @@ class AttentionWarp {
     rows_.start(p_, segment, first_query(),
                 reinterpret_cast<int32_t*>(smem_ + Shared::kPositionsAt));
 #pragma unroll
-    for (int mt = 0; mt < kMTiles; ++mt) {
+    for (int half = 0; half < 2; ++half) {
+      const int i = rows_.query(0, half);
+      const bool valid = i < rows_.num_queries();
+      const T* q = static_cast<const T*>(p_.q) + lane() % 4 * 2 +
+                   (valid ? query_offset(p_, segment.row_begin, i, head(), kDim) : 0);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = rows_.query(mt, half);
-        const bool valid = i < rows_.num_queries();
-        const T* q = static_cast<const T*>(p_.q) + lane() % 4 * 2 +
-                     (valid ? query_offset(p_, segment.row_begin, i, head(), kDim) : 0);
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          q_[mt][k][half] = valid ? *reinterpret_cast<const uint32_t*>(q + k * 16) : 0u;
-          q_[mt][k][half + 2] = valid ? *reinterpret_cast<const uint32_t*>(q + k * 16 + 8) : 0u;
-        }
+      for (int k = 0; k < kSteps; ++k) {
+        q_[k][half] = valid ? *reinterpret_cast<const uint32_t*>(q + k * 16) : 0u;
+        q_[k][half + 2] = valid ? *reinterpret_cast<const uint32_t*>(q + k * 16 + 8) : 0u;
       }
     }
   }
@@ -121,9 +115,9 @@ class AttentionWarp {
       const T* k_from = static_cast<const T*>(p_.k_pages) + from;
       const T* v_from = static_cast<const T*>(p_.v_pages) + from;
 #pragma unroll
-      for (int first = 0; first < kUnit * kParts; first += kAttentionThreads) {
+      for (int first = 0; first < kUnit * kParts; first += kThreads) {
         const int part = first + threadIdx.x;
-        if (kUnit * kParts % kAttentionThreads != 0 && part >= kUnit * kParts) break;
+        if (kUnit * kParts % kThreads != 0 && part >= kUnit * kParts) break;
         const int row = part / kParts;
         const int to = (j * kUnit + row) * Shared::kStride + part % kParts * 8;
         const bool valid = row < entry.len;
@@ -133,48 +127,45 @@ class AttentionWarp {
     }
   }
 
-  // Entries go through the tensor cores in groups, which keeps enough instructions in flight; one
-  // by one where a maximum grows or where some of them are not for this warp. Both ways do the same
-  // arithmetic in the same order.
+  // The entries of a tile go through the tensor cores together, which keeps enough instructions in
+  // flight; one by one where a maximum grows or where some of them are not for this warp. Both ways
+  // do the same arithmetic in the same order.
   DENDRITE_DEVICE void attend(int t) {
-    const int low = first_query(), high = low + kMTiles * 16;
-#pragma unroll 1
-    for (int first = 0; first < kTile; first += kGroup) {
-      const WorkEntry* entries = ring(t) + first;
-      bool some = false, all = true, whole = true;
+    const int low = first_query(), high = low + 16;
+    const WorkEntry* entries = ring(t);
+    bool some = false, all = true, whole = true;
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        const bool read = rows_.reads(p_, entries[j], low, high);
-        some |= read;
-        all &= read;
-        whole &= rows_.all_see(p_, entries[j]);
-      }
-      if (!some) continue;
-      const T* k = keys(t) + first * kUnit * Shared::kStride;
-      const T* v = values(t) + first * kUnit * Shared::kStride;
-      if (all && group_without_growth(entries, k, v, whole)) continue;
+    for (int j = 0; j < kTile; ++j) {
+      const bool read = rows_.reads(p_, entries[j], low, high);
+      some |= read;
+      all &= read;
+      whole &= rows_.all_see(p_, entries[j]);
+    }
+    if (!some) return;
+    if constexpr (kDim <= 128) {  // beyond, registers hold the scores of one entry only
+      if (all && tile_without_growth(t, whole)) return;
+    }
 #pragma unroll 1
-      for (int j = 0; j < kGroup; ++j) {
-        if (!rows_.reads(p_, entries[j], low, high)) continue;
-        one_entry(entries + j, k + j * kUnit * Shared::kStride, v + j * kUnit * Shared::kStride);
-      }
+    for (int j = 0; j < kTile; ++j) {
+      if (!rows_.reads(p_, entries[j], low, high)) continue;
+      const int at = j * kUnit * Shared::kStride;
+      one_entry(entries + j, keys(t) + at, values(t) + at);
     }
   }
 
   // False, and nothing done, when some row's maximum has to grow.
-  DENDRITE_DEVICE bool group_without_growth(const WorkEntry* entries, const T* k, const T* v,
-                                            bool whole) {
-    float s[kMTiles][2 * kGroup][4];
-    scores<kGroup>(k, s);
-    if (!whole) rows_.template mask<kGroup>(p_, entries, s);
-    if (any_sync(rows_.template grows<kGroup>(p_.scale_log2, s))) return false;
-    rows_.template weigh<kGroup>(p_.scale_log2, s, 0, kGroup);
-    accumulate<kGroup>(v, s);
+  DENDRITE_DEVICE bool tile_without_growth(int t, bool whole) {
+    float s[1][2 * kTile][4];
+    scores<kTile>(keys(t), s);
+    if (!whole) rows_.template mask<kTile>(p_, ring(t), s);
+    if (any_sync(rows_.template grows<kTile>(p_.scale_log2, s))) return false;
+    rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile);
+    accumulate<kTile>(values(t), s);
     return true;
   }
 
   DENDRITE_DEVICE void one_entry(const WorkEntry* entry, const T* k, const T* v) {
-    float s[kMTiles][2][4];
+    float s[1][2][4];
     scores<1>(k, s);
     rows_.template mask<1>(p_, entry, s);
     rows_.template grow<1>(p_.scale_log2, s, 0);
@@ -184,11 +175,9 @@ class AttentionWarp {
 
   // Raw scores of kCount entries.
   template <int kCount>
-  DENDRITE_DEVICE void scores(const T* k, float (&s)[kMTiles][2 * kCount][4]) const {
+  DENDRITE_DEVICE void scores(const T* k, float (&s)[1][2 * kCount][4]) const {
 #pragma unroll
-    for (int mt = 0; mt < kMTiles; ++mt)
-#pragma unroll
-      for (int n = 0; n < 2 * kCount; ++n) s[mt][n][0] = s[mt][n][1] = s[mt][n][2] = s[mt][n][3] = 0.f;
+    for (int n = 0; n < 2 * kCount; ++n) s[0][n][0] = s[0][n][1] = s[0][n][2] = s[0][n][3] = 0.f;
     // Matrices of ldmatrix: slots 0-7 and 8-15, each with dims 0-7 and 8-15 of the step.
     const T* at = k + (lane() / 16 * 8 + lane() % 8) * Shared::kStride + lane() / 8 % 2 * 8;
 #pragma unroll
@@ -198,51 +187,44 @@ class AttentionWarp {
         uint32_t b[4];
         ldmatrix_x4(b, at + j * kUnit * Shared::kStride + step * 16);
         const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-#pragma unroll
-        for (int mt = 0; mt < kMTiles; ++mt) {
-          mma_m16n8k16<T>(s[mt][2 * j], q_[mt][step], low);
-          mma_m16n8k16<T>(s[mt][2 * j + 1], q_[mt][step], high);
-        }
+        mma_m16n8k16<T>(s[0][2 * j], q_[step], low);
+        mma_m16n8k16<T>(s[0][2 * j + 1], q_[step], high);
       }
     }
   }
 
   template <int kCount>
-  DENDRITE_DEVICE void accumulate(const T* v, const float (&s)[kMTiles][2 * kCount][4]) {
+  DENDRITE_DEVICE void accumulate(const T* v, const float (&s)[1][2 * kCount][4]) {
     // Matrices of ldmatrix: slots 0-7 and 8-15 of dims 0-7, then of dims 8-15.
     const T* at = v + (lane() / 8 % 2 * 8 + lane() % 8) * Shared::kStride + lane() / 16 * 8;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      uint32_t a[kMTiles][4];
-#pragma unroll
-      for (int mt = 0; mt < kMTiles; ++mt) rows_.template pack<kCount>(s[mt], j, a[mt]);
+      uint32_t a[4];
+      rows_.template pack<kCount>(s[0], j, a);
 #pragma unroll
       for (int n = 0; n < kSteps; ++n) {
         uint32_t b[4];
         ldmatrix_x4_trans(b, at + j * kUnit * Shared::kStride + n * 16);
         const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-#pragma unroll
-        for (int mt = 0; mt < kMTiles; ++mt) {
-          mma_m16n8k16<T>(rows_.o[mt][2 * n], a[mt], low);
-          mma_m16n8k16<T>(rows_.o[mt][2 * n + 1], a[mt], high);
-        }
+        mma_m16n8k16<T>(rows_.o[0][2 * n], a, low);
+        mma_m16n8k16<T>(rows_.o[0][2 * n + 1], a, high);
       }
     }
   }
 
   const TreeAttentionParams& p_;
   char* smem_;
-  uint32_t q_[kMTiles][kSteps][4];
-  AttentionRows<T, kDim, kMTiles> rows_;
+  uint32_t q_[kSteps][4];
+  AttentionRows<T, kDim, 1> rows_;
 };
 
-template <class T, int kDim, int kMTiles, int kTile>
-DENDRITE_KERNEL __launch_bounds__(kAttentionThreads, 2)
+template <class T, int kDim, int kWarps, int kTile>
+DENDRITE_KERNEL __launch_bounds__(kWarps * 32)
 tree_attention_kernel(TreeAttentionParams p) {
   DENDRITE_SHARED_MEMORY(char, smem);
   grid_dependency_wait();
   grid_dependency_launch();
-  AttentionWarp<T, kDim, kMTiles, kTile> warp(p, smem);
+  AttentionWarp<T, kDim, kWarps, kTile> warp(p, smem);
   for (int index = blockIdx.x; index >= 0;) index = warp.run(index);
 }
 
