@@ -56,6 +56,7 @@ void tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_page
   params.out = result.data();
   params.heads = heads;
   params.kv_heads = kv_heads;
+  params.pages = pages;
   params.group = heads / kv_heads;
   params.page_shift = power_of_two_shift(call, "k_pages", page_size);
   params.window = int32_t(window);

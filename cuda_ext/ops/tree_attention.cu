@@ -1,6 +1,9 @@
 #include <algorithm>
 
 #include "tree_attention_instances.h"
+#ifndef DENDRITE_EMULATE
+#include "tree_attention_maps.h"
+#endif
 
 namespace dendrite {
 namespace {
@@ -16,6 +19,30 @@ AttentionKernel find(const TreeAttentionShape& shape) {
   }
 }
 
+int max_blocks(const AttentionKernel& kernel) {
+#ifndef DENDRITE_EMULATE
+  if (kernel.attend_maps != nullptr)
+    return max_blocks_per_multiprocessor(kernel.attend_maps, kernel.threads, kernel.shared_bytes);
+#endif
+  return max_blocks_per_multiprocessor(kernel.attend, kernel.threads, kernel.shared_bytes);
+}
+
+void launch_attend(const AttentionKernel& kernel, const TreeAttentionParams& params,
+                   const TreeAttentionShape& shape, dim3 grid, cudaStream_t stream) {
+#ifndef DENDRITE_EMULATE
+  if (kernel.attend_maps != nullptr) {
+    const int64_t rows = int64_t{params.pages} * params.kv_heads << params.page_shift;
+    const int panels = shape.head_dim / 64;
+    launch_kernel(kernel.attend_maps, grid, dim3(kernel.threads), kernel.shared_bytes, stream, true,
+                  params, map_of_panels(params.k_pages, rows, panels, kUnit, 1),
+                  map_of_panels(params.v_pages, rows, panels, kUnit, panels));
+    return;
+  }
+#endif
+  launch_kernel(kernel.attend, grid, dim3(kernel.threads), kernel.shared_bytes, stream, true,
+                params);
+}
+
 }  // namespace
 
 bool tree_attention_takes(const TreeAttentionShape& shape) {
@@ -27,16 +54,13 @@ bool tree_attention_takes(const TreeAttentionShape& shape) {
 
 int tree_attention_workers(const TreeAttentionShape& shape, int kv_heads) {
   const AttentionKernel kernel = find(shape);
-  const int blocks = max_blocks_per_multiprocessor(kernel.attend, kernel.threads,
-                                                   kernel.shared_bytes);
-  return std::max(1, num_multiprocessors() * blocks / kv_heads);
+  return std::max(1, num_multiprocessors() * max_blocks(kernel) / kv_heads);
 }
 
 void launch_tree_attention(const TreeAttentionParams& params, const TreeAttentionShape& shape,
                            int rows, int workers, cudaStream_t stream) {
   const AttentionKernel kernel = find(shape);
-  launch_kernel(kernel.attend, dim3(workers, params.kv_heads), dim3(kernel.threads),
-                kernel.shared_bytes, stream, true, params);
+  launch_attend(kernel, params, shape, dim3(workers, params.kv_heads), stream);
   const int values = params.group * shape.head_dim / 4;
   launch_kernel(kernel.merge, dim3(rows, params.kv_heads, (values + kMergeThreads - 1) / kMergeThreads),
                 dim3(kMergeThreads), 0, stream, true, params);

@@ -5,6 +5,7 @@
 #include "dendrite/tree_attention_f32.cuh"
 #ifndef DENDRITE_EMULATE
 #include "dendrite/tree_attention_sm90.cuh"
+#include "dendrite/tree_attention_tma.cuh"
 #endif
 #include "launch.h"
 #include "tree_attention.h"
@@ -15,6 +16,10 @@ struct AttentionKernel {
   void (*attend)(TreeAttentionParams);
   void (*merge)(TreeAttentionParams);
   int threads, shared_bytes;
+#ifndef DENDRITE_EMULATE
+  // Instead of `attend`: takes maps of the keys and of the values too.
+  void (*attend_maps)(TreeAttentionParams, CUtensorMap, CUtensorMap) = nullptr;
+#endif
 };
 
 template <int kDim>
@@ -25,17 +30,27 @@ extern template AttentionKernel attention_kernel<96>(const TreeAttentionShape&);
 extern template AttentionKernel attention_kernel<128>(const TreeAttentionShape&);
 extern template AttentionKernel attention_kernel<256>(const TreeAttentionShape&);
 
-template <class T, int kDim, int kMTiles>
+template <class T, int kDim, int kWarps>
 AttentionKernel tensor_core_kernel() {
   constexpr int kTile = kDim <= 128 ? kTileUnits : kTileUnits / 2;
-  return {tree_attention_kernel<T, kDim, kMTiles, kTile>,
-          merge_partials_kernel<T, 64 * kMTiles, kDim>, kAttentionThreads,
+  return {tree_attention_kernel<T, kDim, kWarps, kTile>,
+          merge_partials_kernel<T, 16 * kWarps, kDim>, kWarps * 32,
           AttentionShared<kDim, kTile>::kBytes};
 }
 
 #ifndef DENDRITE_EMULATE
+#ifndef DENDRITE_BULK_COPIES
+#define DENDRITE_BULK_COPIES 0
+#endif
+// The kernel of tree_attention_tma.cuh, or that of tree_attention_sm90.cuh.
+constexpr bool kBulkCopies = DENDRITE_BULK_COPIES != 0;
+
 template <class T, int kDim, int kGroups>
 AttentionKernel hopper_kernel() {
+  if constexpr (kBulkCopies)
+    return {nullptr, merge_partials_kernel<T, 64 * kGroups, kDim>, 128 * (kGroups + 1),
+            AttentionSharedTma<kDim, kGroups>::kBytes,
+            tree_attention_tma_kernel<T, kDim, kGroups>};
   return {tree_attention_sm90_kernel<T, kDim, kGroups>,
           merge_partials_kernel<T, 64 * kGroups, kDim>, 128 * kGroups,
           AttentionSharedSm90<kDim, kGroups>::kBytes};
@@ -51,9 +66,9 @@ AttentionKernel tensor_core_kernel(int q_tile) {
   }
 #endif
   if constexpr (kDim <= 128) {
-    if (q_tile == 128) return tensor_core_kernel<T, kDim, 2>();
+    if (q_tile == 128) return tensor_core_kernel<T, kDim, 8>();
   }
-  return tensor_core_kernel<T, kDim, 1>();
+  return tensor_core_kernel<T, kDim, 4>();
 }
 
 template <int kDim>
@@ -64,7 +79,7 @@ AttentionKernel attention_kernel(const TreeAttentionShape& shape) {
     case Dtype::kF32: break;
   }
   return {tree_attention_f32_kernel<kDim>, merge_partials_kernel<float, 64, kDim>,
-          kAttentionThreads, AttentionSharedF32<kDim>::kBytes};
+          128, AttentionSharedF32<kDim>::kBytes};
 }
 
 }  // namespace dendrite

@@ -14,6 +14,7 @@ struct TreeAttentionParams {
   float* partials;           // [max_slots * kv_heads * q_tile * (head_dim + 2)]
   void* out;                 // [rows, heads, head_dim]
   int32_t heads, kv_heads, group, page_shift, window, max_slots;
+  int32_t pages;
   int32_t rows_per_block, segments_at;  // of the work list
   float scale_log2;  // scale * log2(e)
 };

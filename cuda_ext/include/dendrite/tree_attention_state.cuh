@@ -61,34 +61,39 @@ DENDRITE_DEVICE size_t entry_offset(const TreeAttentionParams& p, const WorkEntr
 }
 
 // Second launch: merges the partial results of rows whose block has more than one segment, in slot
-// order. blockIdx = (row, kv head, part of the values); a thread owns four values. A row that a segment did not touch
-// has m = -inf there and no o.
+// order. blockIdx = (row, kv head, part of the values); a thread owns four values. A row that a
+// segment did not touch has m = -inf there and no o. The work list is there before the first kernel
+// of a step begins, so reading it waits for nobody.
 template <class T, int kQTile, int kDim>
 DENDRITE_KERNEL merge_partials_kernel(TreeAttentionParams p) {
-  constexpr int kAhead = 8;  // slots whose values are on their way at once
-  grid_dependency_wait();
+  constexpr int kAhead = 16;  // slots whose values are on their way at once
   grid_dependency_launch();
   const int row = blockIdx.x, head = blockIdx.y;
   const WorkBlock block =
       reinterpret_cast<const WorkBlock*>(p.work + kWorkHeader)[row / p.rows_per_block];
-  if (block.num_slots == 0 || row >= block.row_begin + block.num_rows) return;  // padding too
   const int at = (blockIdx.z * blockDim.x + threadIdx.x) * 4;  // in [group, kDim]
-  if (at >= p.group * kDim) return;
   const int i = (row - block.row_begin) * p.group + at / kDim;
+  grid_dependency_wait();
+  if (block.num_slots == 0 || row >= block.row_begin + block.num_rows) return;  // padding too
+  if (at >= p.group * kDim) return;
+  const PartialView<kQTile, kDim> partial(p, block.first_slot, head);
+  const size_t step = size_t(p.kv_heads) * kQTile;  // from slot to slot
   float m = kMinusInf, l = 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
   for (int first = 0; first < block.num_slots; first += kAhead) {
     float2 ml[kAhead];
     float4 part[kAhead];
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
-      const int slot = block.first_slot + min(first + s, block.num_slots - 1);
-      const PartialView<kQTile, kDim> partial(p, slot, head);
-      ml[s] = *reinterpret_cast<const float2*>(partial.ml + 2 * i);
-      part[s] = *reinterpret_cast<const float4*>(partial.o + size_t(i) * kDim + at % kDim);
+      ml[s] = make_float2(kMinusInf, 0.f);
+      part[s] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (first + s >= block.num_slots) continue;
+      const size_t query = (first + s) * step + i;
+      ml[s] = *reinterpret_cast<const float2*>(partial.ml + 2 * query);
+      part[s] = *reinterpret_cast<const float4*>(partial.o + query * kDim + at % kDim);
     }
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
-      if (first + s >= block.num_slots || ml[s].x == kMinusInf) continue;
+      if (ml[s].x == kMinusInf) continue;
       float w, w_s;
       m = fold_weights(m, ml[s].x, w, w_s);
       l = fold(l, w, ml[s].y, w_s);

@@ -23,10 +23,16 @@ DENDRITE_DEVICE uint64_t k_major(const void* smem) {
 }
 
 // Operand whose rows run along n (values: a row is a slot): the next 64 columns are a panel away.
+template <int kPanelDistance = kPanelBytes>
 DENDRITE_DEVICE uint64_t n_major(const void* smem) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
-  return kSwizzle128 | uint64_t(1024 >> 4) << 32 | uint64_t(kPanelBytes >> 4) << 16 |
+  return kSwizzle128 | uint64_t(1024 >> 4) << 32 | uint64_t(kPanelDistance >> 4) << 16 |
          (shared_address(smem) & 0x3ffff) >> 4;
+}
+
+// The operand that many bytes behind one of the above (shared memory's addresses fit into 18 bits).
+DENDRITE_DEVICE uint64_t advance(uint64_t operand, int bytes) {
+  return operand >> 32 << 32 | (uint32_t(operand) + (bytes >> 4));
 }
 
 DENDRITE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -64,6 +70,9 @@ DENDRITE_DEVICE bool any_in_warpgroup(bool pred, int barrier) {
 // d [64 x 64] (+)= a [64 x 16] * b [64 x 16]^T, both from shared memory, k-major.
 template <class T>
 DENDRITE_DEVICE void wgmma_keys(float (&d)[8][4], uint64_t a, uint64_t b, bool add);
+// The same with a from registers, as wgmma_values takes it.
+template <class T>
+DENDRITE_DEVICE void wgmma_keys(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool add);
 // d [64 x 8 kN] += a [64 x 16] * b [16 x 8 kN]: a from registers (as mma_m16n8k16 takes it, a warp
 // holds 16 rows), b n-major from shared memory.
 template <class T, int kN>
@@ -98,6 +107,40 @@ DENDRITE_DEVICE void wgmma_keys<half_t>(float (&d)[8][4], uint64_t a, uint64_t b
                  "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
                  "+f"(d[7][2]), "+f"(d[7][3])
                : "l"(a), "l"(b), "r"(int(add)));
+}
+template <>
+DENDRITE_DEVICE void wgmma_keys<bf16>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                      bool add) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; "
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, "
+               "%6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+               "%23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, "
+               "1, 0; }"
+               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
+                 "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
+                 "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
+                 "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+                 "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
+                 "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+                 "+f"(d[7][2]), "+f"(d[7][3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+template <>
+DENDRITE_DEVICE void wgmma_keys<half_t>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                      bool add) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; "
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, "
+               "%7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+               "%23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, "
+               "1, 0; }"
+               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
+                 "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
+                 "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
+                 "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+                 "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
+                 "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+                 "+f"(d[7][2]), "+f"(d[7][3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
 template <>
 DENDRITE_DEVICE void wgmma_values<bf16, 8>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {

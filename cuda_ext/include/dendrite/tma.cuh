@@ -1,0 +1,68 @@
+// Bulk copies of Hopper (sm_90a): boxes of a tensor are brought to shared memory by one thread and
+// complete on a barrier in shared memory. Not in the emulator.
+#pragma once
+
+#include <cuda.h>
+
+#include "device.cuh"
+
+namespace dendrite {
+
+// A barrier in shared memory. Its phases are told apart by their parity; the first has parity 0.
+using Mbarrier = uint64_t;
+
+DENDRITE_DEVICE void mbarrier_init(Mbarrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+// After the last init and before the block's barrier.
+DENDRITE_DEVICE void mbarrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+DENDRITE_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+// Arrives; the phase ends when so many bytes have been copied too.
+DENDRITE_DEVICE void mbarrier_arrive_and_expect(Mbarrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Returns when the phase of this parity has ended; that of parity 1 before phase 0 counts as ended.
+DENDRITE_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity) {
+  asm volatile(
+      "{ .reg .pred done; again: "
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+DENDRITE_DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// The box of `map` (in constant kernel parameters) that starts at (x, y, z).
+DENDRITE_DEVICE void load_box(void* smem, const CUtensorMap* map, Mbarrier* barrier, int x, int y,
+                              int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(smem)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+// Registers of a thread from here on; all warps of a warpgroup call it.
+template <int kRegisters>
+DENDRITE_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+DENDRITE_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace dendrite
