@@ -59,6 +59,18 @@ struct AttentionSharedTma {
   }
 };
 
+DENDRITE_DEVICE WorkEntry work_entry(const uint4& words) {
+  return {int32_t(words.x), int32_t(words.y), words.z, int32_t(words.w)};
+}
+
+// read_segment in two loads.
+DENDRITE_DEVICE WorkSegment whole_segment(const TreeAttentionParams& p, int index) {
+  const int32_t* at = p.work + p.segments_at + 8 * index;
+  const uint4 a = load_16(at), b = load_16(at + 4);
+  return {int32_t(a.x), int32_t(a.y), int32_t(a.z), int32_t(a.w),
+          int32_t(b.x), int32_t(b.y), int32_t(b.z), int32_t(b.w)};
+}
+
 // The warp that fills the stages. Tiles are counted through all segments of the worker.
 template <int kDim, int kGroups>
 class AttentionProducer {
@@ -72,18 +84,18 @@ class AttentionProducer {
       : p_(p), shared_(shared), keys_(keys), values_(values) {}
 
   DENDRITE_DEVICE void run(WorkSegment segment) {
-    WorkEntry ahead = entry(segment, lane());
+    uint4 ahead = entry(segment, lane());
     grid_dependency_wait();
     for (int t = 0;;) {
       const int count = segment.count;
       for (int first = 0; first < count; first += 32) {
-        const WorkEntry now = ahead;
+        const uint4 now = ahead;
         ahead = entry(segment, first + 32 + lane());
-        const int row = int(entry_offset(p_, now, blockIdx.y, 1));
+        const int row = int(entry_offset(p_, work_entry(now), blockIdx.y, 1));
         for (int j = 0; j < 32 && first + j < count; j += kTile) load_tile(t++, now, row, j);
       }
       if (segment.next < 0) return;
-      segment = read_segment(p_, segment.next);
+      segment = whole_segment(p_, segment.next);
       ahead = entry(segment, lane());
     }
   }
@@ -91,20 +103,20 @@ class AttentionProducer {
  private:
   static DENDRITE_DEVICE int lane() { return threadIdx.x % 32; }
 
-  // Lists end with whole tiles, so what lies behind the last entry of a segment can be read.
-  DENDRITE_DEVICE WorkEntry entry(const WorkSegment& segment, int index) const {
-    const auto* entries = reinterpret_cast<const WorkEntry*>(p_.work + segment.entries);
-    return index < segment.count ? entries[index] : WorkEntry{0, 0, 0, 0};
+  // Behind the last entry of a segment: padding.
+  DENDRITE_DEVICE uint4 entry(const WorkSegment& segment, int index) const {
+    if (index >= segment.count) return make_uint4(0, 0, 0, 0);
+    return load_16(p_.work + segment.entries + 4 * index);
   }
 
   // The tile is in lanes [j, j + kTile): entries and where they start in the maps.
-  DENDRITE_DEVICE void load_tile(int t, const WorkEntry& entry, int row, int j) {
+  DENDRITE_DEVICE void load_tile(int t, const uint4& entry, int row, int j) {
     int rows[kTile];
 #pragma unroll
     for (int i = 0; i < kTile; ++i) rows[i] = shfl(row, j + i);
     const int parity = Shared::parity(t) ^ 1;
     mbarrier_wait(shared_.keys_empty(t), parity);
-    if (lane() / kTile * kTile == j) shared_.entries(t)[lane() % kTile] = entry;
+    if (lane() / kTile * kTile == j) store_16(shared_.entries(t) + lane() % kTile, entry);
     sync_warp();
     if (lane() == 0) {
       mbarrier_arrive_and_expect(shared_.keys_full(t), Shared::kTileBytes);
@@ -144,14 +156,13 @@ class AttentionConsumer {
   // Takes one segment; returns the worker's next one, or -1.
   DENDRITE_DEVICE int run(int index, const WorkSegment& segment) {
     end_ = begin_ + (segment.count + kTile - 1) / kTile;
-    sync_warp();
-    rows_.start(p_, segment, threadIdx.x / 32 * 16, shared_.positions());
     load_queries(segment);
     sync_warp();
-    const int first = seek(begin_);
-    if (first < end_) attend(first);
+    rows_.start(p_, segment, first_query(), shared_.positions());
+    sync_warp();
+    for (int t = seek(begin_); t < end_;) t = seek(attend(t));
     begin_ = end_;
-    const WorkSegment done = read_segment(p_, index);  // not worth registers in the main loop
+    const WorkSegment done = whole_segment(p_, index);  // not worth registers in the main loop
     rows_.template finish<64 * kGroups>(p_, done, blockIdx.y);
     return done.next;
   }
@@ -160,11 +171,13 @@ class AttentionConsumer {
   static DENDRITE_DEVICE int lane() { return threadIdx.x % 32; }
   static DENDRITE_DEVICE int group() { return kGroups == 1 ? 0 : threadIdx.x / 128; }
 
+  static DENDRITE_DEVICE int first_query() { return threadIdx.x / 32 * 16; }
+
   DENDRITE_DEVICE void load_queries(const WorkSegment& segment) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int i = rows_.query(0, half);
-      const bool valid = i < rows_.num_queries();
+      const int i = first_query() + half * 8 + lane() / 4;
+      const bool valid = i < segment.num_rows * p_.group;
       const T* q = static_cast<const T*>(p_.q) + lane() % 4 * 2 +
                    (valid ? query_offset(p_, segment.row_begin, i, blockIdx.y, kDim) : 0);
 #pragma unroll
@@ -180,14 +193,18 @@ class AttentionConsumer {
     if (lane() == 0) mbarrier_arrive(barrier);
   }
 
-  // The first tile from t on that this warpgroup reads, its keys at hand; or end_. Sets whole_.
+  // Whether this warpgroup reads tile t, whose keys are at hand afterwards. Sets whole_.
+  DENDRITE_DEVICE bool peek(int t) {
+    mbarrier_wait(shared_.keys_full(t), Shared::parity(t));
+    const WorkEntry entry = work_entry(load_16(shared_.entries(t) + lane() % kTile));
+    whole_ = all_sync(rows_.all_see(p_, entry));
+    return any_sync(rows_.reads(p_, entry, group() * 64, group() * 64 + 64));
+  }
+
+  // The first tile from t on that this warpgroup reads, or end_. Nothing may be under way: the tiles
+  // passed over come through all stages, and a stage that is held would stop them.
   DENDRITE_DEVICE int seek(int t) {
-    for (; t < end_; ++t) {
-      mbarrier_wait(shared_.keys_full(t), Shared::parity(t));
-      const uint4 words = load_16(shared_.entries(t) + lane() % kTile);
-      const WorkEntry entry{int32_t(words.x), int32_t(words.y), words.z, int32_t(words.w)};
-      whole_ = all_sync(rows_.all_see(p_, entry));
-      if (any_sync(rows_.reads(p_, entry, group() * 64, group() * 64 + 64))) break;
+    for (; t < end_ && !peek(t); ++t) {
       mbarrier_wait(shared_.values_full(t), Shared::parity(t));
       release(shared_.keys_empty(t));
       release(shared_.values_empty(t));
@@ -195,8 +212,9 @@ class AttentionConsumer {
     return t;
   }
 
-  // The tiles from t on. While the values of one are under way the next one becomes weights.
-  DENDRITE_DEVICE void attend(int t) {
+  // Tile t and those behind it, up to the first one that is not read, which is returned. While the
+  // values of one are under way the next one becomes weights.
+  DENDRITE_DEVICE int attend(int t) {
     Scores s;
     uint32_t weights[kTile][4];
     start_scores(t, s);
@@ -206,30 +224,30 @@ class AttentionConsumer {
     if (mask_and_check(t, s)) grow(t, s);
     rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile);
     pack(s, weights);
-    for (int next = seek(t + 1); next < end_; next = seek(t + 1)) {
+    for (; t + 1 < end_ && peek(t + 1); ++t) {
       mbarrier_wait(shared_.values_full(t), Shared::parity(t));
-      start_scores(next, s);
+      start_scores(t + 1, s);
       start_values(t, weights);
       wgmma_wait<1>();
       hold(s[0]);
-      release(shared_.keys_empty(next));
-      const bool grows = mask_and_check(next, s);
+      release(shared_.keys_empty(t + 1));
+      const bool grows = mask_and_check(t + 1, s);
       if (!grows) rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile);
       wgmma_wait<0>();
       hold(rows_.o[0]);
       release(shared_.values_empty(t));
       if (grows) {
-        grow(next, s);
+        grow(t + 1, s);
         rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile);
       }
       pack(s, weights);
-      t = next;
     }
     mbarrier_wait(shared_.values_full(t), Shared::parity(t));
     start_values(t, weights);
     wgmma_wait<0>();
     hold(rows_.o[0]);
     release(shared_.values_empty(t));
+    return t + 1;
   }
 
   // Sends the products of the queries with a tile's keys on their way.
@@ -345,7 +363,7 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
   extern __shared__ char raw[];
   const AttentionSharedTma<kDim, kGroups> shared{raw + (1024 - shared_address(raw) % 1024) % 1024};
   // The list is there before the first kernel of a step begins: no need to wait for the last one.
-  WorkSegment segment = read_segment(p, blockIdx.x);
+  WorkSegment segment = whole_segment(p, blockIdx.x);
   if (threadIdx.x == kConsumers) {
     shared.start_barriers();
     prefetch_tensor_map(&keys);
@@ -366,7 +384,7 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
     for (int index = blockIdx.x;;) {
       index = consumer.run(index, segment);
       if (index < 0) break;
-      segment = read_segment(p, index);
+      segment = whole_segment(p, index);
     }
   }
 #endif
