@@ -62,8 +62,10 @@ void launch_tree_attention(const TreeAttentionParams& params, const TreeAttentio
   const AttentionKernel kernel = find(shape);
   launch_attend(kernel, params, shape, dim3(workers, params.kv_heads), stream);
   const int values = params.group * shape.head_dim / 4;
-  launch_kernel(kernel.merge, dim3(rows, params.kv_heads, (values + kMergeThreads - 1) / kMergeThreads),
-                dim3(kMergeThreads), 0, stream, true, params);
+  const int parts = (values + kMergeThreads - 1) / kMergeThreads;
+  const bool few = int64_t{rows} * params.kv_heads * parts <= 4 * num_multiprocessors();
+  launch_kernel(few ? kernel.merge.of_few_rows : kernel.merge.of_many_rows,
+                dim3(rows, params.kv_heads, parts), dim3(kMergeThreads), 0, stream, true, params);
 }
 
 }  // namespace dendrite

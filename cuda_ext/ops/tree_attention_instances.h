@@ -12,15 +12,25 @@
 
 namespace dendrite {
 
+struct MergeKernels {
+  void (*of_few_rows)(TreeAttentionParams);
+  void (*of_many_rows)(TreeAttentionParams);
+};
+
 struct AttentionKernel {
   void (*attend)(TreeAttentionParams);
-  void (*merge)(TreeAttentionParams);
+  MergeKernels merge;
   int threads, shared_bytes;
 #ifndef DENDRITE_EMULATE
   // Instead of `attend`: takes maps of the keys and of the values too.
   void (*attend_maps)(TreeAttentionParams, CUtensorMap, CUtensorMap) = nullptr;
 #endif
 };
+
+template <class T, int kQTile, int kDim>
+MergeKernels merge_kernels() {
+  return {merge_partials_kernel<T, kQTile, kDim, 16>, merge_partials_kernel<T, kQTile, kDim, 4>};
+}
 
 template <int kDim>
 AttentionKernel attention_kernel(const TreeAttentionShape& shape);
@@ -48,11 +58,11 @@ constexpr bool kBulkCopies = DENDRITE_BULK_COPIES != 0;
 template <class T, int kDim, int kGroups>
 AttentionKernel hopper_kernel() {
   if constexpr (kBulkCopies)
-    return {nullptr, merge_partials_kernel<T, 64 * kGroups, kDim>, 128 * (kGroups + 1),
+    return {nullptr, merge_kernels<T, 64 * kGroups, kDim>(), 128 * (kGroups + 1),
             AttentionSharedTma<kDim, kGroups>::kBytes,
             tree_attention_tma_kernel<T, kDim, kGroups>};
   return {tree_attention_sm90_kernel<T, kDim, kGroups>,
-          merge_partials_kernel<T, 64 * kGroups, kDim>, 128 * kGroups,
+          merge_kernels<T, 64 * kGroups, kDim>(), 128 * kGroups,
           AttentionSharedSm90<kDim, kGroups>::kBytes};
 }
 #endif
@@ -78,7 +88,7 @@ AttentionKernel attention_kernel(const TreeAttentionShape& shape) {
     case Dtype::kBF16: return tensor_core_kernel<bf16, kDim>(shape.q_tile);
     case Dtype::kF32: break;
   }
-  return {tree_attention_f32_kernel<kDim>, merge_partials_kernel<float, 64, kDim>,
+  return {tree_attention_f32_kernel<kDim>, merge_kernels<float, 64, kDim>(),
           128, AttentionSharedF32<kDim>::kBytes};
 }
 

@@ -63,10 +63,10 @@ DENDRITE_DEVICE size_t entry_offset(const TreeAttentionParams& p, const WorkEntr
 // Second launch: merges the partial results of rows whose block has more than one segment, in slot
 // order. blockIdx = (row, kv head, part of the values); a thread owns four values. A row that a
 // segment did not touch has m = -inf there and no o. The work list is there before the first kernel
-// of a step begins, so reading it waits for nobody.
-template <class T, int kQTile, int kDim>
+// of a step begins, so reading it waits for nobody. The values of kAhead slots are on their way at
+// once: many where rows are few, for little time, and fewer where rows are many, for more blocks.
+template <class T, int kQTile, int kDim, int kAhead>
 DENDRITE_KERNEL merge_partials_kernel(TreeAttentionParams p) {
-  constexpr int kAhead = 16;  // slots whose values are on their way at once
   grid_dependency_launch();
   const int row = blockIdx.x, head = blockIdx.y;
   const WorkBlock block =
