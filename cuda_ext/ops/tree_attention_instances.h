@@ -44,7 +44,7 @@ template <class T, int kDim, int kWarps>
 AttentionKernel tensor_core_kernel() {
   constexpr int kTile = kDim <= 128 ? kTileUnits : kTileUnits / 2;
   return {tree_attention_kernel<T, kDim, kWarps, kTile>,
-          merge_partials_kernel<T, 16 * kWarps, kDim>, kWarps * 32,
+          merge_kernels<T, 16 * kWarps, kDim>(), kWarps * 32,
           AttentionShared<kDim, kTile>::kBytes};
 }
 
