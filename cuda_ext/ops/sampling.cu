@@ -13,18 +13,19 @@ using namespace sampling;
 
 static_assert(kMaxSamplingVocab == kMaxVocab && kSamplingHeaderWords * 4 == sizeof(Header));
 
-int threads_for(int vocab) { return vocab <= 4 * kTile ? 128 : 512; }
+// At most what the launch bounds of a kernel say.
+int threads_for(int vocab, int most) { return vocab <= 4096 ? 128 : most; }
 
 size_t shared_bytes(size_t fixed, int vocab) {
   return fixed + (size_t(vocab + 31) / 32 * sizeof(uint32_t) + 15) / 16 * 16;
 }
 
-// Blocks per row: several when there are too few rows to fill the device, with at least four tiles
+// Blocks per row: several when there are too few rows to fill the device, with at least eight tiles
 // each. A result does not depend on it.
 int choose_blocks(const SampleCall& call) {
   const int tiles = tiles_of(call.vocab);
   int blocks = call.blocks;
-  if (blocks == 0) blocks = std::min(2 * num_multiprocessors() / call.rows, (tiles + 3) / 4);
+  if (blocks == 0) blocks = std::min(2 * num_multiprocessors() / call.rows, (tiles + 7) / 8);
   return std::clamp(blocks, 1, std::min(tiles, kMaxBlocks));
 }
 
@@ -50,14 +51,14 @@ void launch_sample(const SampleCall& call, cudaStream_t stream) {
                   (tiles_of(vocab) + blocks - 1) / blocks};
   for (; args.first_row < call.rows; args.first_row += room) {
     const dim3 grid(std::min(room, call.rows - args.first_row), blocks);
-    const auto start = [&](auto* kernel, size_t fixed) {
-      launch_kernel(kernel, grid, dim3(threads_for(vocab)), shared_bytes(fixed, vocab), stream,
-                    true, args);
+    const auto start = [&](auto* kernel, int threads, size_t fixed) {
+      launch_kernel(kernel, grid, dim3(threads_for(vocab, threads)), shared_bytes(fixed, vocab),
+                    stream, true, args);
     };
-    start(sample_scan, kScanBytes);
+    start(sample_scan, 512, kScanBytes);
     if (call.greedy) continue;
-    start(sample_count, kCountBytes);
-    start(sample_finish, kFinishBytes);
+    start(sample_count, 512, kCountBytes);
+    start(sample_finish, 256, kFinishBytes);
   }
 }
 
@@ -65,7 +66,7 @@ void launch_top_logprobs(const TopCall& call, cudaStream_t stream) {
   if (call.num_rows == 0) return;
   const TopArgs args{call.logits, call.stride, call.rows, call.num_logits,
                      call.vocab,  call.k,      call.ids,  call.logprobs};
-  launch_kernel(top_rows, dim3(call.num_rows), dim3(threads_for(call.vocab)),
+  launch_kernel(top_rows, dim3(call.num_rows), dim3(threads_for(call.vocab, 512)),
                 shared_bytes(sizeof(Shared), call.vocab), stream, true, args);
 }
 

@@ -174,7 +174,8 @@ DENDRITE_DEVICE Masses add_masses(const Row& row, const Workspace& work, const R
   const BlockPart& part = work.parts[is_part ? lane : 0];
   return {warp_sum(is_part ? part.total : 0), warp_sum(is_part ? part.near_max : 0),
           warp_sum(is_part ? part.near_max_count : 0),
-          bin_scale(state, distance_of(state, row.record->inverse_temperature))};
+          bin_scale(state, distance_of(state, row.record->inverse_temperature),
+                    near_of(*row.record))};
 }
 
 // Hands what this block gathered to the last one. Ends with a barrier.
@@ -204,7 +205,7 @@ DENDRITE_DEVICE void gather_part(const SampleArgs& args, Row& row, const Workspa
     for (int i = threadIdx.x; i < kBins; i += blockDim.x)
       shared.histogram[i] = work.row.histogram[i];
     sync_block();
-    plan_windows(row, shared, state, masses);
+    plan_windows(row, shared, masses);
   }
   limit_row(row, args.tiles_per_block, blockIdx.y);
   if (row.edited) make_bitmap(row);
@@ -232,7 +233,7 @@ DENDRITE_DEVICE void collect(const Workspace& work, Shared& shared) {
 }
 
 // Third pass: every block of a row makes the same plan and gathers its part; the last one draws.
-DENDRITE_KERNEL __launch_bounds__(512, 2) sample_finish(SampleArgs args) {
+DENDRITE_KERNEL __launch_bounds__(256, 3) sample_finish(SampleArgs args) {
   DENDRITE_SHARED_MEMORY(unsigned char, memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   grid_dependency_launch();
@@ -242,12 +243,12 @@ DENDRITE_KERNEL __launch_bounds__(512, 2) sample_finish(SampleArgs args) {
   if (!open_row(args, memory + kFinishBytes, index, row)) return;
   const Workspace work(args.workspace, args.vocab, blockIdx.x);
   if (work.row.state.bad) return;
+  if (threadIdx.x == 0) shared.row = row;  // kept there, not in registers
   gather_part(args, row, work, shared, work.row.state);
   if (!last_to_arrive(&work.row.arrivals[1], shared)) return;
   collect(work, shared);
   const RowState& state = work.row.state;
-  row.begin = 0;
-  row.end = row.vocab;
+  row = shared.row;
   if (row.edited) make_bitmap(row);
   const Draw draw{row, shared, distance_of(state, row.record->inverse_temperature)};
   const bool complete = state.live <= kCandidates;

@@ -75,7 +75,8 @@ struct Draw {
       sync_block();
       if (found.rank >= 0) return found;
     }
-    if (threadIdx.x == 0) shared.sorted = 0;  // what follows needs the memory of the windows
+    // What follows needs the memory of the windows.
+    if (threadIdx.x == 0 && shared.sorted) shared.sorted = 0;
     return select_place(row, shared, distance, by_mass, target);
   }
 
@@ -118,6 +119,7 @@ struct Draw {
   // candidate; else shared.masses are those of all tokens.
   DENDRITE_DEVICE int token(int live, bool complete) const {
     const Record& record = *row.record;
+    const int counted = complete ? live : shared.histogram[kBins - 1];
     prepare();
     if (complete) add_candidates(live);
     int kept = live;
@@ -128,7 +130,9 @@ struct Draw {
       uint64_t target = 0;
       if (step == 0) {
         if (record.top_k <= 0 || record.top_k >= kept) continue;
-        target = uint64_t(record.top_k - 1);
+        kept = record.top_k;
+        if (kept > counted) continue;  // what the histogram doesn't count weighs nothing
+        target = uint64_t(kept - 1);
       } else if (step == 1) {
         if (!(record.top_p < 1.0f)) continue;
         const double wanted = ceil(double(record.top_p) * double(mass));

@@ -108,7 +108,7 @@ DENDRITE_DEVICE Place select_place(const Row& row, Shared& shared, Distance dist
   sync_block();
   if (threadIdx.x == 0) {
     shared.place = {0, 0, 0};
-    shared.row = row;
+    shared.row = row;  // the functions above read it there
   }
 #pragma unroll 1
   for (int level = 0; level < kDigits; ++level) {

@@ -10,24 +10,24 @@ namespace dendrite::sampling {
 struct Scan {
   float top = -kInfinity, lowest = kInfinity;
   int top_id = 0, live = 0;
-  float raw_lowest = kInfinity;  // where it is not `lowest`
-  bool bad = false;  // a raw logit was NaN or +inf, or all of a tile -inf
+  float raw_lowest = kInfinity;  // of the raw logits; -inf where one of them was not finite
 };
 
-// 1024 logits, 32 a lane: four at a time (c), eight times (j). A whole tile starts at a multiple of
-// 16 bytes and is held in registers; others (the end of a row, rows that are not aligned) are read
+// 512 logits, 16 a lane: four at a time (c), four times (j). A whole tile starts at a multiple of 16
+// bytes and is held in registers; others (the end of a row, rows that are not aligned) are read
 // anew each time, and have the tile's first logit in the place of what is beyond the row.
 template <bool kWhole>
 struct TileValues {
   const Row& row;
   int first;
-  float v[kWhole ? 32 : 1];
+  float v[kWhole ? 16 : 1];
 
   DENDRITE_DEVICE TileValues(const Row& r, int first_token) : row(r), first(first_token) {
     if (!kWhole) return;
+    const float* x = row.logits + token(0, 0);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint4 data = load_global_16(row.logits + token(j, 0));
+    for (int j = 0; j < 4; ++j) {
+      const uint4 data = load_global_16(x + 128 * j);
       v[4 * j] = bits_float(data.x);
       v[4 * j + 1] = bits_float(data.y);
       v[4 * j + 2] = bits_float(data.z);
@@ -41,11 +41,11 @@ struct TileValues {
   DENDRITE_DEVICE float operator()(int j, int c) const {
     return kWhole ? v[4 * j + c] : row.logits[inside(j, c) ? token(j, c) : first];
   }
-  // Calls function(j, c) for j = 0 .. 7 and, inside of that, c = 0 .. 3.
+  // Calls function(j, c) for j = 0 .. 3 and, inside of that, c = 0 .. 3.
   template <class Function>
   DENDRITE_DEVICE void for_each(Function&& function) const {
-#pragma unroll(kWhole ? 8 : 1)
-    for (int j = 0; j < 8; ++j) {
+#pragma unroll(kWhole ? 4 : 1)
+    for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) function(j, c);
     }
@@ -57,9 +57,9 @@ template <bool kEdited, bool kWhole>
 DENDRITE_DEVICE uint32_t plain_tokens(const TileValues<kWhole>& values) {
   const Row& row = values.row;
   uint32_t plain = 0;
-  if (kWhole && !kEdited) return 0xffffffffu;
+  if (kWhole && !kEdited) return 0xffffu;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < 4; ++j) {
     const int token = values.token(j, 0), at = token - row.begin;
     const int left = kWhole ? 4 : min(max(row.vocab - token, 0), 4);
     uint32_t bits = (1u << left) - 1u;
@@ -75,7 +75,7 @@ DENDRITE_DEVICE TileSum scan_tile(const Row& row, int first, Scan& mine) {
   float top = values(0, 0), sums[4] = {};
   values.for_each([&](int j, int c) {
     top = max(top, values(j, c));
-    if (kEdited) mine.raw_lowest = min(mine.raw_lowest, values(j, c));
+    mine.raw_lowest = min(mine.raw_lowest, values(j, c));
   });
   top = warp_max(top);
   values.for_each([&](int j, int c) {
@@ -83,10 +83,10 @@ DENDRITE_DEVICE TileSum scan_tile(const Row& row, int first, Scan& mine) {
     if (values.inside(j, c)) sums[c] += e;
   });
   const double sum = warp_sum(double((sums[0] + sums[1]) + (sums[2] + sums[3])));
-  mine.bad |= !(sum < double(kInfinity));  // inf - inf and NaN - x are NaN
+  if (!(sum < double(kInfinity))) mine.raw_lowest = -kInfinity;  // inf - inf and NaN - x are NaN
 
   const uint32_t plain = plain_tokens<kEdited>(values);
-  mine.live += popcount(plain);
+  if (kEdited) mine.live += popcount(plain);
   // NaN where the logit is not the processed one: no maximum, no minimum and equal to nothing.
   const auto processed = [&](int j, int c) {
     return plain >> (4 * j + c) & 1u ? values(j, c) : bits_float(0x7fc00000u);
@@ -96,7 +96,8 @@ DENDRITE_DEVICE TileSum scan_tile(const Row& row, int first, Scan& mine) {
   float best = -kInfinity;
   const auto value = [&](int j, int c) { return kWhole ? values(j, c) : processed(j, c); };
   values.for_each([&](int j, int c) {
-    if (kEdited) best = max(best, value(j, c));
+    if (!kEdited) return;
+    best = max(best, value(j, c));
     mine.lowest = min(mine.lowest, value(j, c));
   });
   best = kEdited ? warp_max(best) : top;
@@ -130,13 +131,15 @@ DENDRITE_DEVICE Scan scan_tiles(const Row& row, TileSum* tiles) {
 // and log_sum. Ends with a barrier.
 DENDRITE_DEVICE RowState scan_row(const Row& row, TileSum* tiles, void* scratch) {
   Scan mine = row.edited ? scan_tiles<true>(row, tiles) : scan_tiles<false>(row, tiles);
+  bool bad = mine.raw_lowest == -kInfinity;
   uint64_t best = mine.top > -kInfinity
                       ? uint64_t(order_of(mine.top)) << 32 | ~uint32_t(mine.top_id)
                       : 0;
-  const float plain_lowest = mine.lowest;
-  if (row.edited) {
+  if (!row.edited) {
+    mine.lowest = mine.raw_lowest;
+  } else {
     for_each_edit(row, [&](float value, int id) {
-      mine.bad |= !(value < kInfinity);
+      bad |= !(value < kInfinity);
       if (!(value > -kInfinity)) return;
       const uint64_t key = uint64_t(order_of(value)) << 32 | ~uint32_t(id);
       best = best > key ? best : key;
@@ -144,12 +147,11 @@ DENDRITE_DEVICE RowState scan_row(const Row& row, TileSum* tiles, void* scratch)
       ++mine.live;
     });
   }
-  const bool bad = mine.bad || mine.raw_lowest == -kInfinity || plain_lowest == -kInfinity;
   RowState state{};
   state.bad = block_reduce(bad ? 1 : 0, scratch, Largest());
   state.best = block_reduce(best, scratch, Largest());
   state.lowest = -block_reduce(-mine.lowest, scratch, Largest());
-  state.live = block_reduce(mine.live, scratch, Sum());
+  state.live = row.edited ? block_reduce(mine.live, scratch, Sum()) : row.end - row.begin;
   return state;
 }
 
@@ -161,7 +163,7 @@ DENDRITE_DEVICE void add_tiles(const TileSum* tiles, int count, RowState& state)
   top = warp_max(top);
   double sum = 0.0;
   for (int i = lane; i < count; i += 32)
-    sum += tiles[i].sum * exp(double(tiles[i].max) - double(top));
+    sum += tiles[i].sum * double(exp2_fast((tiles[i].max - top) * kLog2e));
   state.raw_max = top;
   state.log_sum = log(warp_sum(sum));
 }

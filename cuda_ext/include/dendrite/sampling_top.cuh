@@ -89,7 +89,7 @@ DENDRITE_KERNEL __launch_bounds__(512, 1) top_rows(TopArgs args) {
     return;
   }
   const Distance distance = distance_of(state, 1.0f);
-  const float scale = bin_scale(state, distance);
+  const float scale = bin_scale(state, distance, kNearWithTopK);
   const bool all = row.vocab <= kCandidates;
   const bool once = all || plan_top(row, shared, k, scale);
   uint64_t after = 0;

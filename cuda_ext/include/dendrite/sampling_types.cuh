@@ -17,13 +17,15 @@
 
 namespace dendrite::sampling {
 
-constexpr int kTile = 1024;        // logits that a warp reads at a time; a unit of the log-sum
+constexpr int kTile = 512;         // logits that a warp reads at a time; a unit of the log-sum
 constexpr int kBins = 2048;        // of the histogram of distances from the maximum
 constexpr int kCandidates = 2048;  // tokens that a block sorts at most
 constexpr int kWindows = 3;        // places of the order that are looked at closely
 constexpr int kReach = 160;        // tokens on both sides of a place that was estimated
-constexpr int kMaxVocab = 1 << 19;  // weights are below 2^44, so that their sum stays below 2^63
-constexpr float kNear = 20.0f;      // distances of the histogram, in units of the temperature
+constexpr int kMaxVocab = 1 << 19;  // weights are at most 2^44, so that their sum is below 2^64
+// Distances that the histogram covers, in units of the temperature. Beyond 32 a weight is 0, so with
+// a top-k, for which it counts, only ties and estimates that went wrong need the slow search.
+constexpr float kNear = 20.0f, kNearWithTopK = 32.0f;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kInfinity = __builtin_huge_valf();
 
@@ -120,7 +122,7 @@ DENDRITE_DEVICE int id_of_key(uint64_t key) { return int(uint32_t(key)); }
 
 // ---- weights
 
-// exp(-distance) in units of 2^-44, in two halves: a thread adds up to 1023 of them in 32 bits.
+// exp(-distance) in units of 2^-44, in two halves: a thread adds up to 1023 in 32 bits.
 struct Weight {
   uint32_t high;  // multiples of 2^-22
   int32_t low;    // the rest in multiples of 2^-44, with a sign
@@ -146,10 +148,14 @@ struct Distance {
 DENDRITE_DEVICE Distance distance_of(const RowState& state, float inverse) {
   return {value_of(uint32_t(state.best >> 32)), inverse};
 }
-// Bins per unit of distance, so that what is nearer than kNear falls into bins below kBins - 1.
-DENDRITE_DEVICE float bin_scale(const RowState& state, Distance distance) {
-  const float range = min(distance(state.lowest), kNear);
+// Bins per unit of distance, so that what is nearer than `near` falls into bins below kBins - 1.
+DENDRITE_DEVICE float bin_scale(const RowState& state, Distance distance, float near) {
+  const float range = min(distance(state.lowest), near);
   return range > 0.0f ? min((kBins - 1.5f) / range, 1e30f) : 0.0f;
+}
+
+DENDRITE_DEVICE float near_of(const Record& record) {
+  return record.top_k > 0 ? kNearWithTopK : kNear;
 }
 
 // ---- the draw (dendrite_engine.sampling.uniform)

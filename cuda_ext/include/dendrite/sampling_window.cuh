@@ -49,7 +49,7 @@ DENDRITE_DEVICE void clear_histogram(Shared& shared) {
 DENDRITE_DEVICE Masses count_row(const Row& row, Shared& shared, const RowState& state) {
   const Distance distance = distance_of(state, row.record->inverse_temperature);
   const float min_p = row.record->min_p_distance;
-  Masses mine{0, 0, 0, bin_scale(state, distance)};
+  Masses mine{0, 0, 0, bin_scale(state, distance, near_of(*row.record))};
   if (row.edited)
     count_bins<true>(row, shared.histogram, distance, min_p, mine);
   else
@@ -62,22 +62,27 @@ DENDRITE_DEVICE Masses count_row(const Row& row, Shared& shared, const RowState&
 
 // ---- the plan: windows around the estimated places
 
-// Makes running counts of the histogram, and running estimated weights in `sums`.
+// Makes running counts of the histogram, and running estimated weights in `sums`: a token weighs
+// what the middle of its bin does, but the first, whose distance is 0.
 DENDRITE_DEVICE void accumulate_histogram(Shared& shared, float scale) {
   const int per_thread = kBins / int(blockDim.x), first = threadIdx.x * per_thread;
   const float width = scale > 0.0f ? 1.0f / scale : 0.0f;
+  const auto estimate = [&](int bin, int n) {
+    const uint64_t each = whole(weight_at((float(bin) + 0.5f) * width));
+    return uint64_t(n) * each + (bin == 0 ? whole(weight_at(0.0f)) - each : 0);
+  };
   int count = 0;
   uint64_t mass = 0;
   for (int i = first; i < first + per_thread; ++i) {
     const int n = shared.histogram[i];
     count += n;
-    mass += uint64_t(n) * whole(weight_at((float(i) + 0.5f) * width));
+    mass += estimate(i, n);
   }
   block_scan(count, mass, shared.scratch);
   for (int i = first; i < first + per_thread; ++i) {
     const int n = shared.histogram[i];
     shared.histogram[i] = count += n;
-    shared.sums[i] = mass += uint64_t(n) * whole(weight_at((float(i) + 0.5f) * width));
+    shared.sums[i] = mass += estimate(i, n);
   }
   sync_block();
 }
@@ -99,10 +104,10 @@ struct Planner {
     const int first = count_to(bin - 1);
     return before + own * (tokens - first) / (count_to(bin) - first);
   }
-  // Rank of the token at which the running weight reaches `mass`; -1: beyond the histogram.
+  // Rank of the token at which the running weight reaches `mass`, at most the last one counted.
   DENDRITE_DEVICE int rank_of_mass(double mass) const {
     const int bin = count_below(shared.sums, kBins, uint64_t(mass));
-    if (bin >= kBins) return -1;
+    if (bin >= kBins) return count_to(kBins - 1) - 1;
     const double before = mass_to(bin - 1), own = mass_to(bin) - before;
     const int first = count_to(bin - 1), n = count_to(bin) - first;
     const int at = own > 0.0 ? int((mass - before) / own * n) : 0;
@@ -111,7 +116,6 @@ struct Planner {
 
   // Adds the bins that hold the ranks around `rank`, or its own bin alone where those are too full.
   DENDRITE_DEVICE void add_window(int rank, int reach) const {
-    if (rank < 0) return;
     const int most = count_to(kBins - 1) - 1;
     const int own = bin_of_rank(rank);
     const int lo = bin_of_rank(max(rank - reach, 0)), hi = bin_of_rank(min(rank + reach, most));
@@ -143,8 +147,7 @@ struct Planner {
 };
 
 // Decides which bins to gather. Every thread of the block; ends with a barrier.
-DENDRITE_DEVICE void plan_windows(const Row& row, Shared& shared, const RowState& state,
-                                  const Masses& masses) {
+DENDRITE_DEVICE void plan_windows(const Row& row, Shared& shared, const Masses& masses) {
   accumulate_histogram(shared, masses.scale);
   if (threadIdx.x == 0) shared.num_windows = 0;
   if (threadIdx.x < 32) {
@@ -152,24 +155,20 @@ DENDRITE_DEVICE void plan_windows(const Row& row, Shared& shared, const RowState
     const Record& record = *row.record;
     const Planner planner{shared};
     const int near = planner.count_to(kBins - 1);
-    double mass = planner.mass_to(kBins - 1);
-    if (near < state.live) mass = fmax(mass, double(masses.total));
-    int kept = state.live;
-    if (record.top_k > 0 && record.top_k < kept) {
+    double mass = planner.mass_to(kBins - 1);  // as if nothing were further away
+    int kept = near;
+    if (record.top_k > 0 && record.top_k <= near) {
       kept = record.top_k;
-      if (kept <= near) {
-        mass = planner.mass_of_first(kept);
-        planner.add_window(kept - 1, 0);
-      }
+      mass = planner.mass_of_first(kept);
+      planner.add_window(kept - 1, 0);
     }
     if (record.top_p < 1.0f) {
       mass *= double(record.top_p);
       const int rank = planner.rank_of_mass(mass);
-      if (rank >= 0) kept = min(kept, rank + 1);
+      kept = min(kept, rank + 1);
       planner.add_window(rank, kReach);
     }
-    if (masses.near_max_count > 0 && masses.near_max_count < kept)
-      mass = double(masses.near_max);
+    if (masses.near_max_count > 0 && masses.near_max_count < kept) mass = double(masses.near_max);
     planner.add_window(planner.rank_of_mass(mass * uniform_of(record)), kReach);
   }
   sync_block();

@@ -233,7 +233,7 @@ def pack_sampling(batch: SamplingBatch, vocab: int, rows: ArrayLike | None = Non
 
 def workspace_bytes(vocab: int) -> int:
     """Device memory that one row needs in `sample`; a multiple of 16."""
-    return 16 + 32 + 4 * 2048 + 8 * 2048 + 32 * 64 + -(-vocab // 1024) * 16
+    return 16 + 32 + 4 * 2048 + 8 * 2048 + 32 * 64 + -(-vocab // 512) * 16
 
 
 def make_workspace(vocab: int, rows: int, device: torch.device | str) -> torch.Tensor:
