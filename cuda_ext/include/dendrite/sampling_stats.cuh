@@ -23,15 +23,16 @@ struct TileValues {
   float v[kWhole ? 16 : 1];
 
   DENDRITE_DEVICE TileValues(const Row& r, int first_token) : row(r), first(first_token) {
-    if (!kWhole) return;
-    const float* x = row.logits + token(0, 0);
+    if constexpr (kWhole) {
+      const float* x = row.logits + token(0, 0);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint4 data = load_global_16(x + 128 * j);
-      v[4 * j] = bits_float(data.x);
-      v[4 * j + 1] = bits_float(data.y);
-      v[4 * j + 2] = bits_float(data.z);
-      v[4 * j + 3] = bits_float(data.w);
+      for (int j = 0; j < 4; ++j) {
+        const uint4 data = load_global_16(x + 128 * j);
+        v[4 * j] = bits_float(data.x);
+        v[4 * j + 1] = bits_float(data.y);
+        v[4 * j + 2] = bits_float(data.z);
+        v[4 * j + 3] = bits_float(data.w);
+      }
     }
   }
   DENDRITE_DEVICE int token(int j, int c) const {
@@ -55,18 +56,21 @@ struct TileValues {
 // Bit 4 j + c: the token is in the row and its logit is the processed one.
 template <bool kEdited, bool kWhole>
 DENDRITE_DEVICE uint32_t plain_tokens(const TileValues<kWhole>& values) {
-  const Row& row = values.row;
-  uint32_t plain = 0;
-  if (kWhole && !kEdited) return 0xffffu;
+  [[maybe_unused]] const Row& row = values.row;
+  if constexpr (kWhole && !kEdited) {
+    return 0xffffu;
+  } else {
+    uint32_t plain = 0;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int token = values.token(j, 0), at = token - row.begin;
-    const int left = kWhole ? 4 : min(max(row.vocab - token, 0), 4);
-    uint32_t bits = (1u << left) - 1u;
-    if (kEdited && row.edited && left > 0) bits &= row.bitmap[at >> 5] >> (at & 31);
-    plain |= bits << 4 * j;
+    for (int j = 0; j < 4; ++j) {
+      const int token = values.token(j, 0), at = token - row.begin;
+      const int left = kWhole ? 4 : min(max(row.vocab - token, 0), 4);
+      uint32_t bits = (1u << left) - 1u;
+      if (kEdited && row.edited && left > 0) bits &= row.bitmap[at >> 5] >> (at & 31);
+      plain |= bits << 4 * j;
+    }
+    return plain;
   }
-  return plain;
 }
 
 template <bool kEdited, bool kWhole>

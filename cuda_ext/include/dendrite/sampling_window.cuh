@@ -230,11 +230,13 @@ DENDRITE_DEVICE void gather_tokens(const Row& row, Shared& shared, Distance dist
       if (inside >> c & 1u) append(shared, four.pick(c), four.id + c);
   };
   const auto group = [&] {
+    if constexpr (kSums) {
 #pragma unroll
-    for (int i = 0; kSums && i < kWindows; ++i) {
-      mine.mass[i] += whole(high[i], low[i]);
-      high[i] = 0;
-      low[i] = 0;
+      for (int i = 0; i < kWindows; ++i) {
+        mine.mass[i] += whole(high[i], low[i]);
+        high[i] = 0;
+        low[i] = 0;
+      }
     }
   };
   for_each_four<kEdited, 4>(row, visit, group);
