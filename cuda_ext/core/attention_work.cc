@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <functional>
+#include <numeric>
 #include <queue>
 #include <string>
 #include <utility>
@@ -24,20 +25,25 @@ int32_t chunk_of(int32_t position) {
   return 16 * k + (position >> (9 + k));
 }
 
+int32_t chunk_shift(int32_t position) {
+  return 9 + (position < 8192 ? 0 : std::bit_width(uint32_t(position)) - 14);
+}
+
 int32_t chunk_end(int32_t position) {
-  const int32_t k = position < 8192 ? 0 : std::bit_width(uint32_t(position)) - 14;
-  return ((position >> (9 + k)) + 1) << (9 + k);
+  const int32_t shift = chunk_shift(position);
+  return ((position >> shift) + 1) << shift;
 }
 
 // Units [from, to) of a node, read by rows [row_begin, row_end) of one block.
 struct Run {
   int32_t cell, node, from, to;
-  uint32_t rows;
+  int32_t row_begin, row_end;  // inside the block; inside the piece, once it is placed
 };
 
-// Entries [begin, begin + count) of one block, to be read by one worker or cut further.
+// Entries [begin, begin + count) for rows [row_begin, row_end) of one block, read by one worker. Its
+// result is the block's partial result number `part`.
 struct Piece {
-  int32_t block;
+  int32_t block, part, row_begin, row_end;
   int64_t begin, count;
 };
 
@@ -107,12 +113,12 @@ class Builder {
     int32_t from = cut_.window > 0 ? std::max(pos, *low - cut_.window + 1) : pos;
     const int32_t to = std::min(stop, *high + 1);
     from -= (from - pos) % unit_;
-    const uint32_t rows = uint32_t(begin - b * rows_per_block_) |
-                          uint32_t(end - b * rows_per_block_) << 16;
+    const int32_t base = b * rows_per_block_;
     while (from < to) {
       const int32_t chunk = cut_.deterministic ? chunk_of(from) : 0;
       const int32_t cut = cut_.deterministic ? std::min(to, chunk_end(from)) : to;
-      runs_.push_back({chunk, n, (from - pos) / unit_, (cut - pos + unit_ - 1) / unit_, rows});
+      runs_.push_back({chunk, n, (from - pos) / unit_, (cut - pos + unit_ - 1) / unit_,
+                       begin - base, end - base});
       run_block_.push_back(b);
       first_chunk_[b] = std::min(first_chunk_[b], chunk);
       last_chunk_[b] = std::max(last_chunk_[b], chunk);
@@ -120,21 +126,62 @@ class Builder {
     }
   }
 
-  // A cell is what a block reads of one chunk; its entries start at a whole tile.
+  // A cell is what a block reads of one chunk. Cells become pieces; those whose entries are mostly of
+  // single rows, several pieces with a part of the rows each.
   void place_cells() {
-    cell_indptr_.assign(num_blocks_ + 1, 0);
+    std::vector<int64_t> cell_indptr(num_blocks_ + 1, 0);
     for (int64_t b = 0; b < num_blocks_; ++b)
-      cell_indptr_[b + 1] = cell_indptr_[b] + std::max(0, last_chunk_[b] - first_chunk_[b] + 1);
-    cell_entries_.assign(cell_indptr_[num_blocks_] + 1, 0);
+      cell_indptr[b + 1] = cell_indptr[b] + std::max(0, last_chunk_[b] - first_chunk_[b] + 1);
+    std::vector<int64_t> entries(cell_indptr[num_blocks_], 0), longest(entries.size(), 0);
     for (size_t i = 0; i < runs_.size(); ++i) {
       const int32_t b = run_block_[i];
-      runs_[i].cell += cell_indptr_[b] - first_chunk_[b];
-      cell_entries_[runs_[i].cell] += runs_[i].to - runs_[i].from;
+      Run& run = runs_[i];
+      run.cell += static_cast<int32_t>(cell_indptr[b]) - first_chunk_[b];
+      entries[run.cell] += run.to - run.from;
+      const int32_t position = plan_.node_pos[run.node] + run.from * unit_;
+      longest[run.cell] = (int64_t{1} << chunk_shift(position)) / unit_;
     }
-    cell_begin_.assign(cell_entries_.size(), 0);
-    for (size_t c = 0; c + 1 < cell_entries_.size(); ++c)
-      cell_begin_[c + 1] = cell_begin_[c] + round_up(cell_entries_[c], kTileUnits);
-    num_entries_ = cell_begin_.back();
+    std::vector<int64_t> piece_indptr(1, 0);
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      const int32_t rows = static_cast<int32_t>(std::clamp<int64_t>(
+          plan_.num_rows - b * rows_per_block_, 0, rows_per_block_));
+      int32_t part = 0;
+      for (int64_t c = cell_indptr[b]; c < cell_indptr[b + 1]; ++c) {
+        const int64_t shares =
+            cut_.deterministic && entries[c] > 0
+                ? std::min<int64_t>(rows, (entries[c] + longest[c] - 1) / longest[c])
+                : int64_t{entries[c] > 0};
+        for (int64_t i = 0; i < shares; ++i)
+          pieces_.push_back({static_cast<int32_t>(b), part, static_cast<int32_t>(rows * i / shares),
+                             static_cast<int32_t>(rows * (i + 1) / shares), 0, 0});
+        part += shares > 0;
+        piece_indptr.push_back(static_cast<int64_t>(pieces_.size()));
+      }
+    }
+    place_runs(piece_indptr);
+  }
+
+  // Gives every piece its share of the runs; its entries start at a whole tile.
+  void place_runs(const std::vector<int64_t>& piece_indptr) {
+    std::vector<Run> placed;
+    placed.reserve(runs_.size());
+    for (const Run& run : runs_) {
+      for (int64_t i = piece_indptr[run.cell]; i < piece_indptr[run.cell + 1]; ++i) {
+        Piece& piece = pieces_[i];
+        const int32_t begin = std::max(run.row_begin, piece.row_begin);
+        const int32_t end = std::min(run.row_end, piece.row_end);
+        if (begin >= end) continue;
+        placed.push_back({static_cast<int32_t>(i), run.node, run.from, run.to,
+                          begin - piece.row_begin, end - piece.row_begin});
+        piece.count += run.to - run.from;
+      }
+    }
+    runs_ = std::move(placed);
+    for (Piece& piece : pieces_) {
+      piece.begin = num_entries_;
+      piece_begin_.push_back(num_entries_);
+      num_entries_ += round_up(piece.count, kTileUnits);
+    }
   }
 
   static int64_t tiles(int64_t entries) { return (entries + kTileUnits - 1) / kTileUnits; }
@@ -146,9 +193,6 @@ class Builder {
       blocks_.push_back({static_cast<int32_t>(b * rows_per_block_), 0, 0, 0});
       blocks_[b].num_rows = static_cast<int32_t>(std::clamp<int64_t>(
           plan_.num_rows - blocks_[b].row_begin, 0, rows_per_block_));
-      for (int64_t c = cell_indptr_[b]; c < cell_indptr_[b + 1]; ++c)
-        if (cell_entries_[c] > 0)
-          pieces_.push_back({static_cast<int32_t>(b), cell_begin_[c], cell_entries_[c]});
     }
     if (!cut_.deterministic) cut_pieces();
     deal();
@@ -160,8 +204,9 @@ class Builder {
     const int64_t length = kTileUnits * piece_tiles();
     std::vector<Piece> cut;
     for (const Piece& piece : pieces_)
-      for (int64_t at = 0; at < piece.count; at += length)
-        cut.push_back({piece.block, piece.begin + at, std::min(length, piece.count - at)});
+      for (int64_t at = 0, part = 0; at < piece.count; at += length, ++part)
+        cut.push_back({piece.block, static_cast<int32_t>(part), piece.row_begin, piece.row_end,
+                       piece.begin + at, std::min(length, piece.count - at)});
     pieces_ = std::move(cut);
   }
 
@@ -189,13 +234,9 @@ class Builder {
 
   // The largest piece first, each to the worker with the least to do.
   void deal() {
-    for (const Piece& piece : pieces_) ++blocks_[piece.block].num_slots;
     place_slots();
-    std::vector<int32_t> order(pieces_.size()), slot(pieces_.size(), -1);
-    for (size_t i = 0, next = 0; i < pieces_.size(); ++i) {
-      order[i] = static_cast<int32_t>(i);
-      if (blocks_[pieces_[i].block].num_slots > 0) slot[i] = static_cast<int32_t>(next++);
-    }
+    std::vector<int32_t> order(pieces_.size());
+    std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
       return pieces_[a].count > pieces_[b].count;
     });
@@ -206,13 +247,15 @@ class Builder {
     for (const int32_t i : order) {
       auto [load, worker] = least.top();
       least.pop();
-      add_segment(worker, pieces_[i], slot[i]);
+      add_segment(worker, pieces_[i]);
       least.push({load + tiles(pieces_[i].count) + kSegmentCost, worker});
     }
   }
 
-  // Slots in block order; a block with a single piece needs none.
+  // Slots in block order; a block with a single part needs none.
   void place_slots() {
+    for (const Piece& piece : pieces_)
+      blocks_[piece.block].num_slots = std::max(blocks_[piece.block].num_slots, piece.part + 1);
     for (WorkBlock& block : blocks_) {
       if (block.num_slots == 1) block.num_slots = 0;
       block.first_slot = num_slots_;
@@ -220,10 +263,16 @@ class Builder {
     }
   }
 
-  void add_segment(int32_t worker, const Piece& piece, int32_t slot) {
+  void add_segment(int32_t worker, const Piece& piece) {
     const WorkBlock& block = blocks_[piece.block];
-    const WorkSegment segment{static_cast<int32_t>(piece.begin), static_cast<int32_t>(piece.count),
-                              slot, block.row_begin, block.num_rows, -1, piece.block, 0};
+    const WorkSegment segment{static_cast<int32_t>(piece.begin),
+                              static_cast<int32_t>(piece.count),
+                              block.num_slots > 0 ? block.first_slot + piece.part : -1,
+                              block.row_begin + piece.row_begin,
+                              piece.row_end - piece.row_begin,
+                              -1,
+                              piece.row_begin * cut_.group,
+                              0};
     if (last_of_[worker] < 0) {
       segments_[worker] = segment;
       last_of_[worker] = worker;
@@ -236,15 +285,16 @@ class Builder {
 
   void write_entries(WorkEntry* out) const {
     std::fill(out, out + num_entries_, WorkEntry{0, 0, 0, 0});
-    std::vector<int64_t> next(cell_begin_.begin(), cell_begin_.end());
+    std::vector<int64_t> next = piece_begin_;
     const int32_t units_per_page = cut_.page_size / unit_;
     for (const Run& run : runs_) {
       const int32_t* pages = plan_.page_indices + plan_.node_page_indptr[run.node];
       const int32_t pos = plan_.node_pos[run.node], len = plan_.node_len[run.node];
+      const uint32_t rows = uint32_t(run.row_begin) | uint32_t(run.row_end) << 16;
       WorkEntry* to = out + next[run.cell];
       for (int32_t u = run.from; u < run.to; ++u, ++to) {
         const int32_t page = pages[u / units_per_page];
-        *to = {page * cut_.page_size + u % units_per_page * unit_, pos + u * unit_, run.rows,
+        *to = {page * cut_.page_size + u % units_per_page * unit_, pos + u * unit_, rows,
                std::min(unit_, len - u * unit_)};
       }
       next[run.cell] += run.to - run.from;
@@ -257,7 +307,7 @@ class Builder {
   const int64_t num_blocks_;
   std::vector<Run> runs_;  // in node order; `cell` holds the chunk until place_cells()
   std::vector<int32_t> run_block_, first_chunk_, last_chunk_;
-  std::vector<int64_t> cell_indptr_, cell_entries_, cell_begin_;  // by block; by cell
+  std::vector<int64_t> piece_begin_;  // where the entries of each piece begin, before cuts
   int64_t num_entries_ = 0;
   std::vector<Piece> pieces_;
   std::vector<int32_t> last_of_;  // last segment of each worker so far

@@ -50,7 +50,7 @@ AttentionKernel tensor_core_kernel() {
 
 #ifndef DENDRITE_EMULATE
 #ifndef DENDRITE_BULK_COPIES
-#define DENDRITE_BULK_COPIES 0
+#define DENDRITE_BULK_COPIES 1
 #endif
 // The kernel of tree_attention_tma.cuh, or that of tree_attention_sm90.cuh.
 constexpr bool kBulkCopies = DENDRITE_BULK_COPIES != 0;

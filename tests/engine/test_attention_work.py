@@ -1,4 +1,4 @@
-"""The work list of the GPU's tree attention: native and twin cut alike, and every row sees its path."""
+"""The GPU work list: native and twin cut alike, and every row sees its own path."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def chains(work, rows, q_tile, group):
             assert segments[first][5] not in reached, "a segment is reached twice"
             reached.add(int(segments[first][5]))
     used = segments[segments[:, 1] > 0]
-    order = np.lexsort((used[:, 0], used[:, 6]))
+    order = np.argsort(used[:, 0], kind="stable")
     return [(s, work[s[0] : s[0] + 4 * s[1]].reshape(-1, 4)) for s in used[order]]
 
 
@@ -78,9 +78,9 @@ def test_every_row_reads_its_positions_once_and_in_order(seed, workers, exact):
     args = arguments(plan, group=group, q_tile=q_tile, workers=workers, exact=exact)
     work, slots, _ = build(_core.attention_work, *args)
     seen = [[] for _ in plan.positions]
-    taken = []
+    taken = set()
     for segment, entries in chains(work, len(plan.positions), q_tile, group):
-        taken += [int(segment[2])] if segment[2] >= 0 else []
+        taken |= {int(segment[2])} if segment[2] >= 0 else set()
         for slot, pos, readers, length in entries.tolist():
             for row in range(readers & 0xFFFF, readers >> 16):
                 seen[segment[3] + row] += [(pos + i, slot + i) for i in range(length)]
@@ -100,7 +100,7 @@ def test_blocks_with_a_common_prefix_are_cut_at_the_same_places():
     work, _, _ = build(_core.attention_work, *args)
     starts = {}
     for segment, entries in chains(work, 64, 64, 4):
-        starts.setdefault(int(segment[6]), []).append(int(entries[0][1]))
+        starts.setdefault(int(segment[3]), []).append(int(entries[0][1]))
     cuts = [sorted(s for s in starts[block] if s < 4096) for block in starts]
     assert all(cut == cuts[0] for cut in cuts)
 

@@ -1,5 +1,5 @@
-"""tree_attention of the device path against dense float64 attention: the twin, the kernels' source in
-the emulator, and, marked `cuda`, the GPU.
+"""tree_attention of the device path against dense float64 attention: the twin, the kernels' source
+in the emulator, and, marked `cuda`, the GPU.
 """
 
 from __future__ import annotations

@@ -36,8 +36,11 @@ def cut_work(plan, page_size: int, group: int, cut: Cut, window: int = 0, rows: 
 
 
 def device_pages(case: TreeCase, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V [pages, kv_heads, page_size, head_dim]."""
-    return case.k_pages.transpose(2, 3).contiguous().to(dtype), case.v_pages.to(dtype)
+    """K and V [pages, kv_heads, page_size, head_dim]. What nobody may read is NaN in K, huge in V:
+    kernels may rely on every V being finite.
+    """
+    values = case.v_pages.nan_to_num(nan=1e4).to(dtype)
+    return case.k_pages.transpose(2, 3).contiguous().to(dtype), values
 
 
 def attend_device(

@@ -33,9 +33,10 @@ struct WorkSegment {
   int32_t entries;  // where they start, in ints from the start of the list; a multiple of 4
   int32_t count;    // entries; 0: the worker has nothing to do
   int32_t slot;     // where the partial result goes, or -1: straight to the output
-  int32_t row_begin, num_rows;
-  int32_t next;     // the worker's next segment, or -1
-  int32_t block, unused;
+  int32_t row_begin, num_rows;  // the block's, or some of them
+  int32_t next;                 // the worker's next segment, or -1
+  int32_t first_query;          // of these rows in the block's partial results
+  int32_t unused;
 };
 
 struct WorkEntry {

@@ -129,11 +129,12 @@ class AttentionBlockF32 {
         float* out = static_cast<float*>(p_.out) + query_offset(p_, row_begin_, i, head_, kDim);
         out[d] = normalised(o_[at], l_[i]);
       } else {
-        PartialView<kQueries, kDim>(p_, segment.slot, head_).o[at] = o_[at];
+        PartialView<kQueries, kDim>(p_, segment.slot, head_).o[segment.first_query * kDim + at] = o_[at];
       }
     }
     for (int i = threadIdx.x; segment.slot >= 0 && i < num_queries_; i += kThreads) {
-      float* ml = PartialView<kQueries, kDim>(p_, segment.slot, head_).ml + 2 * i;
+      float* ml =
+          PartialView<kQueries, kDim>(p_, segment.slot, head_).ml + 2 * (segment.first_query + i);
       ml[0] = m_[i];
       ml[1] = l_[i];
     }

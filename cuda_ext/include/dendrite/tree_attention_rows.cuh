@@ -182,7 +182,8 @@ class AttentionRows {
         if (segment.slot < 0)
           write_out(p, query_offset(p, segment.row_begin, i, head, kDim), mt, half);
         else
-          write_partial(PartialView<kQTile, kDim>(p, segment.slot, head), i, mt, half);
+          write_partial(PartialView<kQTile, kDim>(p, segment.slot, head), segment.first_query + i, mt,
+                        half);
       }
     }
   }

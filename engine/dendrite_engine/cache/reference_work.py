@@ -6,7 +6,7 @@ Layout and meaning: cuda_ext/include/dendrite/attention_work.h.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,9 +29,14 @@ class _Run(NamedTuple):
 
 @dataclass
 class _Piece:
-    """Entries [begin, begin + count) of one block."""
+    """Entries [begin, begin + count) for rows [row_begin, row_end) of one block; its result is the
+    block's partial result number `part`.
+    """
 
     block: int
+    part: int
+    row_begin: int
+    row_end: int
     begin: int
     count: int
 
@@ -42,6 +47,11 @@ def chunk_of(position: int) -> int:
     """
     k = 0 if position < 8192 else position.bit_length() - 14
     return 16 * k + (position >> (9 + k))
+
+
+def _chunk_begin(position: int) -> int:
+    k = 0 if position < 8192 else position.bit_length() - 14
+    return position >> (9 + k) << (9 + k)
 
 
 def _chunk_end(position: int) -> int:
@@ -71,10 +81,15 @@ def attention_work(
                 for chunk, first, last in _visible(span, seen, unit, window, deterministic):
                     run = _Run(node, first, last, low - base, high - base)
                     cells[block].setdefault(chunk, []).append(run)
-    entries, pieces = _entries(cells, node_pos, node_len, node_page_indptr, page_indices, page_size)
+    blocks = [
+        [first, min(max(len(positions) - first, 0), rows_per_block), 0, 0]
+        for first in range(0, len(cells) * rows_per_block, rows_per_block)
+    ]
+    parts = _parts(cells, blocks, node_pos, unit, deterministic)
+    entries, pieces = _entries(parts, node_pos, node_len, node_page_indptr, page_indices, page_size)
     if not deterministic:
         pieces = _cut(pieces, workers)
-    blocks, segments = _deal(pieces, len(cells), rows_per_block, len(positions), workers)
+    segments = _deal(pieces, blocks, group, workers)
     return _write(blocks, segments, entries, out)
 
 
@@ -95,29 +110,52 @@ def _visible(
     return parts
 
 
+def _parts(
+    cells: list[dict[int, list[_Run]]], blocks: list[list[int]], node_pos: np.ndarray, unit: int,
+    deterministic: bool,
+) -> list[tuple[_Piece, list[_Run]]]:  # fmt: skip
+    """What each block reads of each chunk; where that is mostly of single rows, in several pieces
+    with a part of the rows each.
+    """
+    parts = []
+    for block, chunks in enumerate(cells):
+        rows = blocks[block][1]
+        for part, chunk in enumerate(sorted(chunks)):
+            runs, shares = chunks[chunk], 1
+            if deterministic:
+                at = int(node_pos[runs[-1].node]) + runs[-1].first * unit
+                longest = (_chunk_end(at) - _chunk_begin(at)) // unit
+                shares = min(rows, -(-sum(run.last - run.first for run in runs) // longest))
+            for i in range(shares):
+                low, high = rows * i // shares, rows * (i + 1) // shares
+                mine = [
+                    run._replace(begin=max(run.begin, low) - low, end=min(run.end, high) - low)
+                    for run in runs
+                    if max(run.begin, low) < min(run.end, high)
+                ]
+                parts.append((_Piece(block, part, low, high, 0, 0), mine))
+    return parts
+
+
 def _entries(
-    cells: list[dict[int, list[_Run]]], node_pos: np.ndarray, node_len: np.ndarray,
+    parts: list[tuple[_Piece, list[_Run]]], node_pos: np.ndarray, node_len: np.ndarray,
     indptr: np.ndarray, pages: np.ndarray, page_size: int,
 ) -> tuple[list[tuple[int, int, int, int]], list[_Piece]]:  # fmt: skip
     unit = min(UNIT, page_size)
     per_page = page_size // unit
     entries: list[tuple[int, int, int, int]] = []
-    pieces = []
-    for block, chunks in enumerate(cells):
-        for chunk in sorted(chunks):
-            at = len(entries)
-            for run in chunks[chunk]:
-                first_page = int(indptr[run.node])
-                for u in range(run.first, run.last):
-                    slot = int(pages[first_page + u // per_page]) * page_size + u % per_page * unit
-                    left = int(node_len[run.node]) - u * unit
-                    readers = run.begin | run.end << 16
-                    entries.append(
-                        (slot, int(node_pos[run.node]) + u * unit, readers, min(unit, left))
-                    )
-            pieces.append(_Piece(block, at, len(entries) - at))
-            entries += [(0, 0, 0, 0)] * (-len(entries) % TILE)
-    return entries, pieces
+    for piece, runs in parts:
+        piece.begin = len(entries)
+        for run in runs:
+            first_page = int(indptr[run.node])
+            for u in range(run.first, run.last):
+                slot = int(pages[first_page + u // per_page]) * page_size + u % per_page * unit
+                left = int(node_len[run.node]) - u * unit
+                readers = run.begin | run.end << 16
+                entries.append((slot, int(node_pos[run.node]) + u * unit, readers, min(unit, left)))
+        piece.count = len(entries) - piece.begin
+        entries += [(0, 0, 0, 0)] * (-len(entries) % TILE)
+    return entries, [piece for piece, _ in parts]
 
 
 def _tiles(count: int) -> int:
@@ -137,30 +175,23 @@ def _cut(pieces: list[_Piece], workers: int) -> list[_Piece]:
             length += 1
     step = length * TILE
     return [
-        _Piece(piece.block, piece.begin + at, min(step, piece.count - at))
+        replace(piece, part=part, begin=piece.begin + at, count=min(step, piece.count - at))
         for piece in pieces
-        for at in range(0, piece.count, step)
+        for part, at in enumerate(range(0, piece.count, step))
     ]
 
 
 def _deal(
-    pieces: list[_Piece], num_blocks: int, rows_per_block: int, num_rows: int, workers: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Blocks and segments; the largest piece first, each to the worker with the least to do."""
-    count = [0] * num_blocks
+    pieces: list[_Piece], blocks: list[list[int]], group: int, workers: int
+) -> list[list[int]]:
+    """Segments; the largest piece first, each to the worker with the least to do. Sets slots."""
     for piece in pieces:
-        count[piece.block] += 1
-    blocks, slots = [], 0
-    for block in range(num_blocks):
-        first = block * rows_per_block
-        shares = count[block] if count[block] > 1 else 0
-        blocks.append([first, min(max(num_rows - first, 0), rows_per_block), shares, slots])
-        slots += shares
-    slot_of, next_slot = [], 0
-    for piece in pieces:
-        has_slot = blocks[piece.block][2] > 0
-        slot_of.append(next_slot if has_slot else -1)
-        next_slot += has_slot
+        blocks[piece.block][2] = max(blocks[piece.block][2], piece.part + 1)
+    slots = 0
+    for block in blocks:
+        block[2] = block[2] if block[2] > 1 else 0
+        block[3] = slots
+        slots += block[2]
     segments = [[0, 0, -1, 0, 0, -1, 0, 0] for _ in range(workers)]
     last = [-1] * workers
     least = [(0, worker) for worker in range(workers)]
@@ -168,14 +199,18 @@ def _deal(
         piece = pieces[i]
         load, worker = heapq.heappop(least)
         heapq.heappush(least, (load + _tiles(piece.count) + _SEGMENT_COST, worker))
-        first, size = blocks[piece.block][:2]
-        segment = [piece.begin, piece.count, slot_of[i], first, size, -1, piece.block, 0]
+        block = blocks[piece.block]
+        segment = [
+            piece.begin, piece.count, block[3] + piece.part if block[2] else -1,
+            block[0] + piece.row_begin, piece.row_end - piece.row_begin, -1,
+            piece.row_begin * group, 0,
+        ]  # fmt: skip
         if last[worker] < 0:
             segments[worker], last[worker] = segment, worker
         else:
             segments[last[worker]][5] = last[worker] = len(segments)
             segments.append(segment)
-    return blocks, segments
+    return segments
 
 
 def _write(

@@ -22,7 +22,8 @@ class WorkList:
     Attributes:
         blocks: [B, 4] first row, rows, slots, first slot.
         segments: [S, 8] where its entries start, how many, slot or -1, first row, rows, next
-            segment of the worker or -1, block, unused; the first ones belong to workers 0, 1, ...
+            segment of the worker or -1, first query in the block, unused; the first ones belong to
+            workers 0, 1, ...
         work: the list itself.
     """
 
@@ -67,13 +68,18 @@ def tree_attention(
     if q.shape[0] == 0:
         return
     group = q.shape[1] // k_pages.shape[1]
-    listed = WorkList.read(work.cpu(), q.shape[0], max(1, q_tile // group))
+    rows_per_block = max(1, q_tile // group)
+    listed = WorkList.read(work.cpu(), q.shape[0], rows_per_block)
     # The pieces of a block in list order: a row's entries come in increasing position.
     pieces = sorted((s for s in listed.segments.tolist() if s[1] > 0), key=lambda s: s[0])
-    blocks: dict[tuple[int, int], list[torch.Tensor]] = {}
+    blocks: dict[int, list[torch.Tensor]] = {}
     for segment in pieces:
-        blocks.setdefault((segment[3], segment[4]), []).append(listed.entries(segment))
-    for (first, count), parts in blocks.items():
+        block = segment[3] // rows_per_block
+        entries = listed.entries(segment).clone()
+        entries[:, 2] += (segment[3] - block * rows_per_block) * 0x10001  # readers in the block
+        blocks.setdefault(block, []).append(entries)
+    for block, parts in blocks.items():
+        first, count = listed.blocks[block, :2].tolist()
         rows = slice(first, first + count)
         out[rows] = _block(
             q[rows], k_pages, v_pages, positions[rows], torch.cat(parts), scale, window
