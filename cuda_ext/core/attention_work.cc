@@ -19,14 +19,14 @@ namespace {
 constexpr int32_t kSegmentCost = 2;  // tiles that starting and ending a segment is worth
 constexpr int32_t kMinTiles = 2;     // a worker gets at least this much, if there is so much
 
-// Cuts of the deterministic mode: every 512 positions up to 16384, then 16 for each doubling.
-int32_t chunk_of(int32_t position) {
-  const int32_t k = position < 8192 ? 0 : std::bit_width(uint32_t(position)) - 14;
-  return 16 * k + (position >> (9 + k));
+// Cuts of the deterministic mode: every 256 positions up to 4096, then 8 for each doubling.
+int32_t chunk_shift(int32_t position) {
+  return position < 4096 ? 8 : std::bit_width(uint32_t(position)) - 4;
 }
 
-int32_t chunk_shift(int32_t position) {
-  return 9 + (position < 8192 ? 0 : std::bit_width(uint32_t(position)) - 14);
+int32_t chunk_of(int32_t position) {
+  const int32_t shift = chunk_shift(position);
+  return (position < 4096 ? 0 : 8 * (shift - 8)) + (position >> shift);
 }
 
 int32_t chunk_end(int32_t position) {
@@ -210,14 +210,17 @@ class Builder {
     pieces_ = std::move(cut);
   }
 
-  // The shortest pieces of which every worker gets at most one; with more blocks than workers,
-  // about two pieces a worker.
+  // The shortest pieces of which every worker gets at most one, but not so many that merging them
+  // takes longer; with more blocks than workers, about two pieces a worker.
   int64_t piece_tiles() const {
     int64_t total = 0, low = kMinTiles, high = kMinTiles;
     for (const Piece& piece : pieces_) {
       total += tiles(piece.count);
       high = std::max(high, tiles(piece.count));
     }
+    // Merging takes about as long for 8 partial results as a worker for one tile: t / c + c / 8 is
+    // least at c * c = t / 8.
+    while ((low + 1) * (low + 1) * 8 <= high) ++low;
     if (int64_t(pieces_.size()) > cut_.workers)
       return std::max<int64_t>(kMinTiles, (total / cut_.workers + 1) / 2);
     while (low < high) {

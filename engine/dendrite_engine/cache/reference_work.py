@@ -6,6 +6,7 @@ Layout and meaning: cuda_ext/include/dendrite/attention_work.h.
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -41,22 +42,26 @@ class _Piece:
     count: int
 
 
+def _chunk_shift(position: int) -> int:
+    return 8 if position < 4096 else position.bit_length() - 4
+
+
 def chunk_of(position: int) -> int:
-    """Number of the deterministic chunk of a position: 512 long up to 16384, then 16 for each
+    """Number of the deterministic chunk of a position: 256 long up to 4096, then 8 for each
     doubling.
     """
-    k = 0 if position < 8192 else position.bit_length() - 14
-    return 16 * k + (position >> (9 + k))
+    shift = _chunk_shift(position)
+    return (0 if position < 4096 else 8 * (shift - 8)) + (position >> shift)
 
 
 def _chunk_begin(position: int) -> int:
-    k = 0 if position < 8192 else position.bit_length() - 14
-    return position >> (9 + k) << (9 + k)
+    shift = _chunk_shift(position)
+    return position >> shift << shift
 
 
 def _chunk_end(position: int) -> int:
-    k = 0 if position < 8192 else position.bit_length() - 14
-    return ((position >> (9 + k)) + 1) << (9 + k)
+    shift = _chunk_shift(position)
+    return ((position >> shift) + 1) << shift
 
 
 def attention_work(
@@ -163,14 +168,15 @@ def _tiles(count: int) -> int:
 
 
 def _cut(pieces: list[_Piece], workers: int) -> list[_Piece]:
-    """Cut at multiples of the shortest length of which every worker gets at most one; with more
-    blocks than workers, of half a share.
+    """Cut at multiples of the shortest length of which every worker gets at most one, but not so
+    short that merging takes longer; with more blocks than workers, of half a share.
     """
     sizes = [_tiles(piece.count) for piece in pieces]
+    least = max(_MIN_TILES, math.isqrt(max(sizes, default=0) // 8))
     if len(pieces) > workers:
         length = max(_MIN_TILES, (sum(sizes) // workers + 1) // 2)
     else:
-        length = _MIN_TILES
+        length = least
         while sum(-(-size // length) for size in sizes) > workers:
             length += 1
     step = length * TILE
