@@ -178,6 +178,9 @@ class Builder {
     }
     runs_ = std::move(placed);
     for (Piece& piece : pieces_) {
+      // Rows that read nothing of a chunk still have a partial result of it, an empty one: padding
+      // makes the kernel write it.
+      piece.count = std::max<int64_t>(piece.count, 1);
       piece.begin = num_entries_;
       piece_begin_.push_back(num_entries_);
       num_entries_ += round_up(piece.count, kTileUnits);

@@ -94,6 +94,36 @@ def test_every_row_reads_its_positions_once_and_in_order(seed, workers, exact):
         ]
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("function", [_core.attention_work, twin], ids=["native", "twin"])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_partial_result_of_every_row_is_written_once(seed, function, exact):
+    """Also of rows that read nothing of a chunk: the merge looks at all of a block's slots."""
+    segments = [Segment(None, 0, 700, 0)]
+    segments += [Segment(0, 700, 1 + (n * 97 + seed) % 600, 1) for n in range(40)]
+    plan, group, q_tile, workers = TreeCase(segments).plan, 4, 64, 5 + seed
+    args = arguments(plan, group=group, q_tile=q_tile, workers=workers, exact=exact)
+    work, slots, num_blocks = build(function, *args)
+    blocks = work[4 : 4 + 4 * num_blocks].reshape(-1, 4)
+    at = 4 + 4 * num_blocks
+    listed = work[at : at + 8 * work[1]].reshape(-1, 8).tolist()
+    written = []
+    for first in range(workers):
+        index = first
+        while index >= 0 and listed[index][1] > 0:  # a kernel stops at a segment without entries
+            _, _, slot, row, count, index, first_query, _ = listed[index]
+            block = blocks[row // (q_tile // group)]
+            assert first_query == (row - block[0]) * group
+            written += [(slot, r) for r in range(row, row + count)]
+    wanted = [
+        (slot, row)
+        for first_row, count, block_slots, first_slot in blocks.tolist()
+        for slot in (range(first_slot, first_slot + block_slots) if block_slots else (-1,))
+        for row in range(first_row, first_row + count)
+    ]
+    assert sorted(written) == sorted(wanted)
+
+
 def test_blocks_with_a_common_prefix_are_cut_at_the_same_places():
     case = TreeCase([Segment(None, 0, 4096, 0)] + [Segment(0, 4096, 3, 1) for _ in range(64)])
     args = arguments(case.plan, group=4, q_tile=64, workers=33)

@@ -171,6 +171,11 @@ def test_nan_keys_of_one_branch_stay_in_that_branch(attend):
 
 DETERMINISTIC = {
     "branches": lambda dim: branches(1300, 40, heads=8, kv_heads=2, head_dim=dim),
+    "uneven": lambda dim: TreeCase(
+        [Segment(None, 0, 700, 0)]
+        + [Segment(0, 700, 1 + n * 97 % 600, 1) for n in range(24)],
+        heads=4, kv_heads=1, head_dim=dim,
+    ),
     "random": lambda dim: tree(11, dim, heads=4, kv_heads=1),
     "prompt": lambda dim: TreeCase(
         [Segment(None, 0, 1100, 300)], heads=4, kv_heads=1, head_dim=dim

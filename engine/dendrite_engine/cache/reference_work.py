@@ -158,6 +158,8 @@ def _entries(
                 left = int(node_len[run.node]) - u * unit
                 readers = run.begin | run.end << 16
                 entries.append((slot, int(node_pos[run.node]) + u * unit, readers, min(unit, left)))
+        if not runs:  # rows that read nothing of a chunk still have an empty partial result of it
+            entries.append((0, 0, 0, 0))
         piece.count = len(entries) - piece.begin
         entries += [(0, 0, 0, 0)] * (-len(entries) % TILE)
     return entries, [piece for piece, _ in parts]
