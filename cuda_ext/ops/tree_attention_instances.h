@@ -4,7 +4,6 @@
 #include "dendrite/tree_attention.cuh"
 #include "dendrite/tree_attention_f32.cuh"
 #ifndef DENDRITE_EMULATE
-#include "dendrite/tree_attention_sm90.cuh"
 #include "dendrite/tree_attention_tma.cuh"
 #endif
 #include "launch.h"
@@ -49,21 +48,10 @@ AttentionKernel tensor_core_kernel() {
 }
 
 #ifndef DENDRITE_EMULATE
-#ifndef DENDRITE_BULK_COPIES
-#define DENDRITE_BULK_COPIES 1
-#endif
-// The kernel of tree_attention_tma.cuh, or that of tree_attention_sm90.cuh.
-constexpr bool kBulkCopies = DENDRITE_BULK_COPIES != 0;
-
 template <class T, int kDim, int kGroups>
 AttentionKernel hopper_kernel() {
-  if constexpr (kBulkCopies)
-    return {nullptr, merge_kernels<T, 64 * kGroups, kDim>(), 128 * (kGroups + 1),
-            AttentionSharedTma<kDim, kGroups>::kBytes,
-            tree_attention_tma_kernel<T, kDim, kGroups>};
-  return {tree_attention_sm90_kernel<T, kDim, kGroups>,
-          merge_kernels<T, 64 * kGroups, kDim>(), 128 * kGroups,
-          AttentionSharedSm90<kDim, kGroups>::kBytes};
+  return {nullptr, merge_kernels<T, 64 * kGroups, kDim>(), 128 * (kGroups + 1),
+          AttentionSharedTma<kDim, kGroups>::kBytes, tree_attention_tma_kernel<T, kDim, kGroups>};
 }
 #endif
 

@@ -103,7 +103,7 @@ def test_every_partial_result_of_every_row_is_written_once(seed, function, exact
     segments += [Segment(0, 700, 1 + (n * 97 + seed) % 600, 1) for n in range(40)]
     plan, group, q_tile, workers = TreeCase(segments).plan, 4, 64, 5 + seed
     args = arguments(plan, group=group, q_tile=q_tile, workers=workers, exact=exact)
-    work, slots, num_blocks = build(function, *args)
+    work, _slots, num_blocks = build(function, *args)
     blocks = work[4 : 4 + 4 * num_blocks].reshape(-1, 4)
     at = 4 + 4 * num_blocks
     listed = work[at : at + 8 * work[1]].reshape(-1, 8).tolist()

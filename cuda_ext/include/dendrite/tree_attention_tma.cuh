@@ -387,6 +387,8 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
       segment = whole_segment(p, index);
     }
   }
+#else
+  __trap();  // built without sm_90a: better no result than a wrong one
 #endif
 }
 

@@ -12,9 +12,6 @@ namespace dendrite {
 
 constexpr int kPanelBytes = 64 * 128;
 
-// Where 16-byte part `part` of row `row` lies in a panel.
-DENDRITE_DEVICE int panel_offset(int row, int part) { return row * 128 + ((part ^ (row & 7)) << 4); }
-
 // Operand whose rows are contiguous along k (queries, keys): 8 rows are 1024 bytes.
 DENDRITE_DEVICE uint64_t k_major(const void* smem) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
@@ -51,11 +48,6 @@ DENDRITE_DEVICE void hold(float (&d)[kN][4]) {
     for (int c = 0; c < 4; ++c) asm volatile("" : "+f"(d[n][c])::"memory");
 }
 
-// What ordinary stores and cp.async wrote to shared memory, for the tensor cores to see.
-DENDRITE_DEVICE void fence_shared_for_wgmma() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // Whether `pred` holds in some thread of a warpgroup; also a barrier of its 128 threads.
 DENDRITE_DEVICE bool any_in_warpgroup(bool pred, int barrier) {
   int some;
@@ -67,10 +59,8 @@ DENDRITE_DEVICE bool any_in_warpgroup(bool pred, int barrier) {
   return some != 0;
 }
 
-// d [64 x 64] (+)= a [64 x 16] * b [64 x 16]^T, both from shared memory, k-major.
-template <class T>
-DENDRITE_DEVICE void wgmma_keys(float (&d)[8][4], uint64_t a, uint64_t b, bool add);
-// The same with a from registers, as wgmma_values takes it.
+// d [64 x 64] (+)= a [64 x 16] * b [64 x 16]^T: a from registers (as mma_m16n8k16 takes it, a warp
+// holds 16 rows), b k-major from shared memory.
 template <class T>
 DENDRITE_DEVICE void wgmma_keys(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool add);
 // d [64 x 8 kN] += a [64 x 16] * b [16 x 8 kN]: a from registers (as mma_m16n8k16 takes it, a warp
@@ -78,36 +68,6 @@ DENDRITE_DEVICE void wgmma_keys(float (&d)[8][4], const uint32_t (&a)[4], uint64
 template <class T, int kN>
 DENDRITE_DEVICE void wgmma_values(float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b);
 
-template <>
-DENDRITE_DEVICE void wgmma_keys<bf16>(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, "
-               "%7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-               "%24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0; }"
-               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
-                 "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
-                 "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
-                 "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
-                 "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
-                 "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
-                 "+f"(d[7][2]), "+f"(d[7][3])
-               : "l"(a), "l"(b), "r"(int(add)));
-}
-template <>
-DENDRITE_DEVICE void wgmma_keys<half_t>(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, "
-               "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "
-               "%25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0; }"
-               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
-                 "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
-                 "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
-                 "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
-                 "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
-                 "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
-                 "+f"(d[7][2]), "+f"(d[7][3])
-               : "l"(a), "l"(b), "r"(int(add)));
-}
 template <>
 DENDRITE_DEVICE void wgmma_keys<bf16>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
                                       bool add) {
