@@ -153,7 +153,7 @@ def _gib(size: int) -> str:
 
 
 def _kernels(notes: list[str], problems: list[str]) -> dict[str, str]:
-    """Which page core and which CPU kernels an engine would get here, and why."""
+    """Which page core and which kernels an engine would get here, and why."""
     if importlib.util.find_spec("torch") is None:
         return {}
     from dendrite_engine import kernels
@@ -165,12 +165,21 @@ def _kernels(notes: list[str], problems: list[str]) -> dict[str, str]:
         found["page core"] = f"{name}: {reason}"
         ops = kernels.load("auto")
         found["cpu kernels"] = f"{ops.name}: {ops.reason}"
+        found["gpu kernels"] = _gpu_kernels()
     except ImportError as error:
         problems.append(f"the engine can't be loaded: {error}")
         return found
     if "reference" in (name, ops.name):
         notes.append("a native module is missing, so slow Python stands in; run `make setup`")
     return found
+
+
+def _gpu_kernels() -> str:
+    """Whether the library of GPU kernels loads, and why not."""
+    from dendrite_engine.kernels.device_ops import load_cuda
+
+    result = load_cuda()
+    return f"{'loaded' if result.loaded else 'not loaded'}: {result.reason}"
 
 
 def _cuda() -> dict[str, Any]:
