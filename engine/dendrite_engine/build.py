@@ -70,6 +70,11 @@ class Parts:
         if self.guard is not None:
             self.guard.verify()
 
+    def read_report(self) -> dict[str, str]:
+        """Which implementation runs each part, and why; a backend may have changed since."""
+        attention = self.runner.attention
+        return {**self.report, "attention": f"{attention.name}: {attention.reason}"}
+
     def read_stats(self) -> EngineStats:
         """Counters of core, pages and loop in one value."""
         counts = self.core.stats()

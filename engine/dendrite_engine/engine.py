@@ -295,7 +295,7 @@ class Engine:
 
     def report(self) -> dict[str, str]:
         """Which implementation runs each part, and why."""
-        return dict(self._parts.report)
+        return self._parts.read_report()
 
     @property
     def is_closed(self) -> bool:

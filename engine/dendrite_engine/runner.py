@@ -28,8 +28,10 @@ class Runner(Protocol):
         host_ms: what launching the last forward pass took on the calling thread.
         logits_epoch: how long the logits of the last `run` stay; None: nothing overwrites them.
         failure: the first error of the device, after which `run` only raises it again.
+        attention: the backend; its `name` and `reason` are for reports.
     """
 
+    attention: Any
     is_async: bool
     steps: int
     rows: int

@@ -55,6 +55,7 @@ def test_a_flashinfer_that_fails_in_a_step_costs_no_token(make_engine, monkeypat
             getattr(flashinfer_fake, f"{kind}WithPagedKVCacheWrapper"), "plan", fail
         )
     assert grow(engine) == wanted
+    assert "FlashInfer failed (RuntimeError: no kernel image)" in engine.report()["attention"]
 
 
 def test_on_the_cpu_path_flashinfer_is_the_tree_backend_and_the_report_says_so(make_engine):
