@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dendrite_engine import Engine
-from dendrite_engine.errors import InvalidArgument
 from dendrite_engine.search import BeamSearch, Budget
-from dendrite_lab.bench.gpu_engine import parser_of
+from dendrite_lab.bench.gpu_engine import case_of, parser_of
 from dendrite_lab.bench.gpu_jobs import Job, Result, host_notes, repeat, run_jobs, seconds
 from dendrite_lab.bench.shapes import Shape, shape_of
 from dendrite_lab.bench.synthetic import random_ids
@@ -28,17 +27,10 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args(list(argv))
     shape = shape_of(args.shape)
-    cases = [_parse(text) for text in args.cases]
+    cases = [case_of(text, "WIDTHxPROMPT") for text in args.cases]
     jobs = [_job(shape, width, prompt, args.tokens, args.repeats) for width, prompt in cases]
     need = max(2 * prompt + 3 * width * (args.tokens + 32) for width, prompt in cases)
     return run_jobs("beam", argv, args, jobs, need)
-
-
-def _parse(text: str) -> tuple[int, int]:
-    width, _, prompt = text.partition("x")
-    if not (width.isdigit() and prompt.isdigit() and int(width) and int(prompt)):
-        raise InvalidArgument(f"not a case: {text!r}; write WIDTHxPROMPT, as 4x256")
-    return int(width), int(prompt)
 
 
 def _job(shape: Shape, width: int, prompt: int, tokens: int, repeats: int) -> Job:

@@ -41,6 +41,14 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def case_of(text: str, form: str) -> tuple[int, int]:
+    """The two counts of a case such as 64x4096; `form` names them in the error."""
+    first, _, second = text.partition("x")
+    if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+        raise InvalidArgument(f"not a case: {text!r}; write {form}, as 64x4096")
+    return int(first), int(second)
+
+
 def engine_options(words: Sequence[str]) -> dict[str, Any]:
     """Keywords of Engine.from_pretrained out of OPTION=VALUE words.
 

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dendrite_engine import Engine
-from dendrite_engine.errors import InvalidArgument
-from dendrite_lab.bench.gpu_engine import parser_of
+from dendrite_lab.bench.gpu_engine import case_of, parser_of
 from dendrite_lab.bench.gpu_jobs import (
     TOKENS,
     Job,
@@ -38,17 +37,10 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     parser.add_argument("--tokens", type=int, default=128)
     args = parser.parse_args(list(argv))
     shape = shape_of(args.shape)
-    cases = [_parse(text) for text in args.cases]
+    cases = [case_of(text, "BRANCHESxPREFIX") for text in args.cases]
     jobs = [_job(shape, count, prefix, args.tokens, args.repeats) for count, prefix in cases]
     need = max(prefix + count * (args.tokens + 32) for count, prefix in cases)
     return run_jobs("tree", argv, args, jobs, need + max(prefix for _, prefix in cases))
-
-
-def _parse(text: str) -> tuple[int, int]:
-    count, _, prefix = text.partition("x")
-    if not (count.isdigit() and prefix.isdigit() and int(count) and int(prefix)):
-        raise InvalidArgument(f"not a case: {text!r}; write BRANCHESxPREFIX, as 64x4096")
-    return int(count), int(prefix)
 
 
 def _job(shape: Shape, count: int, prefix: int, tokens: int, repeats: int) -> Job:
