@@ -9,6 +9,7 @@ namespace dendrite {
 namespace {
 
 constexpr int kMergeThreads = 128;
+constexpr int kMergeBlocks = 8;  // of a multiprocessor
 
 AttentionKernel find(const TreeAttentionShape& shape) {
   switch (shape.head_dim) {
@@ -63,9 +64,10 @@ void launch_tree_attention(const TreeAttentionParams& params, const TreeAttentio
   launch_attend(kernel, params, shape, dim3(workers, params.kv_heads), stream);
   const int values = params.group * shape.head_dim / 4;
   const int parts = (values + kMergeThreads - 1) / kMergeThreads;
-  const bool few = int64_t{rows} * params.kv_heads * parts <= 4 * num_multiprocessors();
-  launch_kernel(few ? kernel.merge.of_few_rows : kernel.merge.of_many_rows,
-                dim3(rows, params.kv_heads, parts), dim3(kMergeThreads), 0, stream, true, params);
+  const int units = rows * params.kv_heads * parts, multiprocessors = num_multiprocessors();
+  launch_kernel(units <= 4 * multiprocessors ? kernel.merge.of_few_rows : kernel.merge.of_many_rows,
+                dim3(std::min(units, kMergeBlocks * multiprocessors)), dim3(kMergeThreads), 0, stream,
+                true, params, rows, parts);
 }
 
 }  // namespace dendrite

@@ -12,8 +12,8 @@
 namespace dendrite {
 
 struct MergeKernels {
-  void (*of_few_rows)(TreeAttentionParams);
-  void (*of_many_rows)(TreeAttentionParams);
+  void (*of_few_rows)(TreeAttentionParams, int, int);
+  void (*of_many_rows)(TreeAttentionParams, int, int);
 };
 
 struct AttentionKernel {

@@ -52,8 +52,8 @@ class AttentionBlockF32 {
       sync_block();
       load(entry);
       sync_block();
-      const int begin = int(entry.rows & 0xffff) * p_.group;
-      const int end = min(int(entry.rows >> 16) * p_.group, num_queries_);
+      const int begin = first_reader(entry) * p_.group;
+      const int end = min(end_of_readers(entry) * p_.group, num_queries_);
       for (int i = max(begin, warp_ * 16); i < min(end, warp_ * 16 + 16); ++i) attend(entry, i);
     }
     sync_block();

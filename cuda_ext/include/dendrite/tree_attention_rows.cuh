@@ -60,13 +60,13 @@ class AttentionRows {
   DENDRITE_DEVICE bool reads(const TreeAttentionParams& p, const WorkEntry& entry, int low,
                              int high) const {
     high = min(high, num_queries_);
-    return entry.len > 0 && int(entry.rows & 0xffff) * p.group < high &&
-           int(entry.rows >> 16) * p.group > low;
+    return entry.len > 0 && first_reader(entry) * p.group < high &&
+           end_of_readers(entry) * p.group > low;
   }
   // Whether this warp's queries read all of the entry.
   DENDRITE_DEVICE bool all_see(const TreeAttentionParams& p, const WorkEntry& entry) const {
-    return int(entry.rows & 0xffff) * p.group <= first_ &&
-           int(entry.rows >> 16) * p.group >= min(first_ + kMTiles * 16, num_queries_) &&
+    return first_reader(entry) * p.group <= first_ &&
+           end_of_readers(entry) * p.group >= min(first_ + kMTiles * 16, num_queries_) &&
            entry.len == kUnit && entry.pos + kUnit - 1 <= low_position_ &&
            (p.window == 0 || entry.pos > high_position_ - p.window);
   }
@@ -78,8 +78,8 @@ class AttentionRows {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const WorkEntry entry = entries[j];
-      const int begin = int(entry.rows & 0xffff) * p.group;
-      const int end = int(entry.rows >> 16) * p.group;
+      const int begin = first_reader(entry) * p.group;
+      const int end = end_of_readers(entry) * p.group;
 #pragma unroll
       for (int mt = 0; mt < kMTiles; ++mt) {
 #pragma unroll

@@ -45,6 +45,9 @@ DENDRITE_DEVICE WorkSegment read_segment(const TreeAttentionParams& p, int index
   return reinterpret_cast<const WorkSegment*>(p.work + p.segments_at)[index];
 }
 
+DENDRITE_DEVICE int first_reader(const WorkEntry& entry) { return int(entry.rows & (kOld - 1)); }
+DENDRITE_DEVICE int end_of_readers(const WorkEntry& entry) { return int(entry.rows >> 16); }
+
 // Element of q or out where query i of the rows from `row_begin` on starts.
 DENDRITE_DEVICE size_t query_offset(const TreeAttentionParams& p, int row_begin, int i, int head,
                                     int dim) {
@@ -60,52 +63,99 @@ DENDRITE_DEVICE size_t entry_offset(const TreeAttentionParams& p, const WorkEntr
   return (((size_t(page) * p.kv_heads + head) << p.page_shift) + offset) * dim;
 }
 
-// Second launch: merges the partial results of rows whose block has more than one segment, in slot
-// order. blockIdx = (row, kv head, part of the values); a thread owns four values. A row that a
-// segment did not touch has m = -inf there and no o. The work list is there before the first kernel
-// of a step begins, so reading it waits for nobody. The values of kAhead slots are on their way at
-// once: many where rows are few, for little time, and fewer where rows are many, for more blocks.
+// Second launch: merges the partial results of rows whose block has more than one segment.
+//
+// A block of threads takes (row, kv head, part of the values) after (row, kv head, part); a thread
+// owns four values. All weights come from the largest maximum of a row, then its slots are added in
+// order. A row that a segment did not touch has m = -inf there and no o. The work list is there
+// before the first kernel of a step begins, so reading it waits for nobody. The values of kAhead
+// slots are on their way at once: many where rows are few, for little time, and fewer where rows are
+// many, for more blocks.
 template <class T, int kQTile, int kDim, int kAhead>
-DENDRITE_KERNEL merge_partials_kernel(TreeAttentionParams p) {
-  grid_dependency_launch();
-  const int row = blockIdx.x, head = blockIdx.y;
-  const WorkBlock block =
-      reinterpret_cast<const WorkBlock*>(p.work + kWorkHeader)[row / p.rows_per_block];
-  const int at = (blockIdx.z * blockDim.x + threadIdx.x) * 4;  // in [group, kDim]
-  const int i = (row - block.row_begin) * p.group + at / kDim;
-  grid_dependency_wait();
-  if (block.num_slots == 0 || row >= block.row_begin + block.num_rows) return;  // padding too
-  if (at >= p.group * kDim) return;
-  const PartialView<kQTile, kDim> partial(p, block.first_slot, head);
-  const size_t step = size_t(p.kv_heads) * kQTile;  // from slot to slot
-  float m = kMinusInf, l = 0.f, o[4] = {0.f, 0.f, 0.f, 0.f};
-  for (int first = 0; first < block.num_slots; first += kAhead) {
-    float2 ml[kAhead];
-    float4 part[kAhead];
+class PartialMerger {
+ public:
+  // Values [at, at + 4) of the row's [group, kDim] of one kv head.
+  DENDRITE_DEVICE PartialMerger(const TreeAttentionParams& p, const WorkBlock& block, int row,
+                                int head, int at)
+      : partial_(p, block.first_slot, head), step_(size_t(p.kv_heads) * kQTile),
+        slots_(block.num_slots), query_((row - block.row_begin) * p.group + at / kDim),
+        value_(at % kDim) {}
+
+  DENDRITE_DEVICE float4 run() {
+    load(0);
+    float m = kMinusInf;
+    for (int first = 0; first < slots_; first += kAhead) {
+      float2 ml[kAhead];
+      load_ml(first, ml);
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) m = fmaxf(m, ml[s].x);
+    }
+    float l = 0.f;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int first = 0; first < slots_; first += kAhead) {
+      if (first > 0) load(first);
+      float2 ml[kAhead];
+      load_ml(first, ml);
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        if (ml[s].x == kMinusInf) continue;
+        const float weight = exp2_fast(ml[s].x - m);
+        l = fmaf(weight, ml[s].y, l);
+        sum.x = fmaf(weight, part_[s].x, sum.x);
+        sum.y = fmaf(weight, part_[s].y, sum.y);
+        sum.z = fmaf(weight, part_[s].z, sum.z);
+        sum.w = fmaf(weight, part_[s].w, sum.w);
+      }
+    }
+    return make_float4(normalised(sum.x, l), normalised(sum.y, l), normalised(sum.z, l),
+                       normalised(sum.w, l));
+  }
+
+ private:
+  DENDRITE_DEVICE void load_ml(int first, float2 (&ml)[kAhead]) const {
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
       ml[s] = make_float2(kMinusInf, 0.f);
-      part[s] = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (first + s >= block.num_slots) continue;
-      const size_t query = (first + s) * step + i;
-      ml[s] = *reinterpret_cast<const float2*>(partial.ml + 2 * query);
-      part[s] = *reinterpret_cast<const float4*>(partial.o + query * kDim + at % kDim);
-    }
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) {
-      if (ml[s].x == kMinusInf) continue;
-      float w, w_s;
-      m = fold_weights(m, ml[s].x, w, w_s);
-      l = fold(l, w, ml[s].y, w_s);
-      o[0] = fold(o[0], w, part[s].x, w_s);
-      o[1] = fold(o[1], w, part[s].y, w_s);
-      o[2] = fold(o[2], w, part[s].z, w_s);
-      o[3] = fold(o[3], w, part[s].w, w_s);
+      if (first + s >= slots_) continue;
+      ml[s] = *reinterpret_cast<const float2*>(partial_.ml + 2 * ((first + s) * step_ + query_));
     }
   }
-  T* out = static_cast<T*>(p.out) + (size_t(row) * p.heads + head * p.group) * kDim + at;
+  DENDRITE_DEVICE void load(int first) {
 #pragma unroll
-  for (int c = 0; c < 4; ++c) out[c] = from_float<T>(normalised(o[c], l));
+    for (int s = 0; s < kAhead; ++s) {
+      part_[s] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (first + s >= slots_) continue;
+      const size_t query = (first + s) * step_ + query_;
+      part_[s] = *reinterpret_cast<const float4*>(partial_.o + query * kDim + value_);
+    }
+  }
+
+  const PartialView<kQTile, kDim> partial_;
+  const size_t step_;  // from slot to slot
+  const int slots_, query_, value_;
+  float4 part_[kAhead];
+};
+
+template <class T, int kQTile, int kDim, int kAhead>
+DENDRITE_KERNEL merge_partials_kernel(TreeAttentionParams p, int rows, int parts) {
+  grid_dependency_launch();
+  const bool none = p.work[0] == 0;
+  grid_dependency_wait();
+  if (none) return;
+  const auto* blocks = reinterpret_cast<const WorkBlock*>(p.work + kWorkHeader);
+  for (int unit = blockIdx.x; unit < rows * p.kv_heads * parts; unit += gridDim.x) {
+    const int row = unit / parts / p.kv_heads, head = unit / parts % p.kv_heads;
+    const int at = (unit % parts * blockDim.x + threadIdx.x) * 4;  // in [group, kDim]
+    const WorkBlock block = blocks[row / p.rows_per_block];
+    if (block.num_slots == 0 || row >= block.row_begin + block.num_rows) continue;  // padding too
+    if (at >= p.group * kDim) continue;
+    const float4 result = PartialMerger<T, kQTile, kDim, kAhead>(p, block, row, head, at).run();
+    T* out = static_cast<T*>(p.out) + (size_t(row) * p.heads + head * p.group) * kDim + at;
+    out[0] = from_float<T>(result.x);
+    out[1] = from_float<T>(result.y);
+    out[2] = from_float<T>(result.z);
+    out[3] = from_float<T>(result.w);
+  }
 }
 
 }  // namespace dendrite
