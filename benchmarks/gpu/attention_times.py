@@ -3,9 +3,9 @@
     python benchmarks/gpu/attention_times.py --libraries build/variants/a.so build/variants/b.so@64
 
 Each library is loaded by a process of its own. `a.so@64` takes tiles of 64 queries whatever the
-batch; `a.so:cuts.py` cuts the work by the `attention_work` of that file. Times are medians of
-replays of a CUDA graph, in us (see gpu_timing); an error, the relative error against fp32 attention
-on some rows, is shown where it is larger than that of bf16.
+batch; `a.so:cuts.py` cuts the work by the `attention_work` of that file instead of the engine's
+Python twin. Times are medians of replays of a CUDA graph, in us (see gpu_timing); the relative error
+against fp32 attention on some rows is shown where it is larger than that of bf16.
 """
 
 from __future__ import annotations
@@ -93,11 +93,13 @@ def measure(build: Build, args: argparse.Namespace) -> None:
 def _install(build: Build, device_ops: Any, gpu_ours: Any) -> None:
     """Make the engine's backend use this build."""
     from dendrite_engine.attention import device_tree
+    from dendrite_engine.cache import reference_work
 
     loaded = device_ops.load_cuda(build.library.resolve())
     if not loaded.loaded:
         raise SystemExit(f"{build.library}: {loaded.reason}")
     gpu_ours.device_kernels = lambda: device_ops.DeviceKernels("cuda", loaded.reason)
+    device_tree._work_builder = lambda: (reference_work.attention_work, "")
     if build.cuts is not None:
         spec = importlib.util.spec_from_file_location("cuts", build.cuts)
         if spec is None or spec.loader is None:

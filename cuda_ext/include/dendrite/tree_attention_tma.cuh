@@ -85,14 +85,14 @@ class AttentionProducer {
 
   DENDRITE_DEVICE void run(WorkSegment segment) {
     uint4 ahead = entry(segment, lane());
-    grid_dependency_wait();
-    for (int t = 0;;) {
+    int t = begin(segment, ahead);
+    for (int j = t * kTile;; j = 0) {
       const int count = segment.count;
-      for (int first = 0; first < count; first += 32) {
+      for (int first = 0; first < count; first += 32, j = 0) {
         const uint4 now = ahead;
         ahead = entry(segment, first + 32 + lane());
-        const int row = int(entry_offset(p_, work_entry(now), blockIdx.y, 1));
-        for (int j = 0; j < 32 && first + j < count; j += kTile) load_tile(t++, now, row, j);
+        const int row = first_row(now);
+        for (; j < 32 && first + j < count; j += kTile) load_tile(t++, now, row, j);
       }
       if (segment.next < 0) return;
       segment = whole_segment(p_, segment.next);
@@ -101,7 +101,45 @@ class AttentionProducer {
   }
 
  private:
+  static constexpr int kFirst = Shared::kStages < 8 ? Shared::kStages : 8;  // tiles: 32 entries at most
+  static constexpr uint32_t kWholeTile = (1 << kTile) - 1;
+
   static DENDRITE_DEVICE int lane() { return threadIdx.x % 32; }
+
+  // In the maps.
+  DENDRITE_DEVICE int first_row(const uint4& entry) const {
+    return int(entry_offset(p_, work_entry(entry), blockIdx.y, 1));
+  }
+
+  // Fills the stages for the first time; returns the tiles that are on their way. Only what the
+  // step itself has stored waits for the kernels ahead of this one.
+  DENDRITE_DEVICE int begin(const WorkSegment& segment, const uint4& entry) {
+    const uint32_t old = ballot((entry.z & kOld) != 0);
+    const int row = first_row(entry);
+    const int tiles = min(kFirst, (segment.count + kTile - 1) / kTile);
+    if (lane() < tiles * kTile) store_16(shared_.entries(0) + lane(), entry);
+    sync_warp();
+    for (int t = 0; t < tiles; ++t) {
+      if (lane() == 0) {
+        mbarrier_arrive_and_expect(shared_.keys_full(t), Shared::kTileBytes);
+        mbarrier_arrive_and_expect(shared_.values_full(t), Shared::kTileBytes);
+      }
+      load_boxes(t, row, t * kTile, old >> t * kTile);
+    }
+    grid_dependency_wait();
+    for (int t = 0; t < tiles; ++t) load_boxes(t, row, t * kTile, ~old >> t * kTile);
+    return tiles;
+  }
+
+  // Keys and values of those entries of the tile in lanes [j, j + kTile) that `chosen` has.
+  DENDRITE_DEVICE void load_boxes(int t, int row, int j, uint32_t chosen) {
+    int rows[kTile];
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) rows[i] = shfl(row, j + i);
+    if (lane() != 0) return;
+    load_keys(t, rows, chosen);
+    load_values(t, rows, chosen);
+  }
 
   // Behind the last entry of a segment: padding.
   DENDRITE_DEVICE uint4 entry(const WorkSegment& segment, int index) const {
@@ -120,21 +158,32 @@ class AttentionProducer {
     sync_warp();
     if (lane() == 0) {
       mbarrier_arrive_and_expect(shared_.keys_full(t), Shared::kTileBytes);
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-#pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel)
-          load_box(shared_.keys(t) + panel * kPanelBytes + i * kBoxBytes, keys_,
-                   shared_.keys_full(t), 0, rows[i], panel);
-      }
+      load_keys(t, rows, kWholeTile);
       mbarrier_wait(shared_.values_empty(t), parity);
       mbarrier_arrive_and_expect(shared_.values_full(t), Shared::kTileBytes);
-#pragma unroll
-      for (int i = 0; i < kTile; ++i)
-        load_box(shared_.values(t) + i * kPanels * kBoxBytes, values_, shared_.values_full(t), 0,
-                 rows[i], 0);
+      load_values(t, rows, kWholeTile);
     }
     sync_warp();
+  }
+
+  // One thread: the entries of a tile that `chosen` has.
+  DENDRITE_DEVICE void load_keys(int t, const int (&rows)[kTile], uint32_t chosen) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      if ((chosen >> i & 1) == 0) continue;
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel)
+        load_box(shared_.keys(t) + panel * kPanelBytes + i * kBoxBytes, keys_, shared_.keys_full(t),
+                 0, rows[i], panel);
+    }
+  }
+  DENDRITE_DEVICE void load_values(int t, const int (&rows)[kTile], uint32_t chosen) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      if ((chosen >> i & 1) == 0) continue;
+      load_box(shared_.values(t) + i * kPanels * kBoxBytes, values_, shared_.values_full(t), 0,
+               rows[i], 0);
+    }
   }
 
   const TreeAttentionParams& p_;
@@ -153,13 +202,17 @@ class AttentionConsumer {
   DENDRITE_DEVICE AttentionConsumer(const TreeAttentionParams& p, const Shared& shared)
       : p_(p), shared_(shared), begin_(0) {}
 
-  // Takes one segment; returns the worker's next one, or -1.
-  DENDRITE_DEVICE int run(int index, const WorkSegment& segment) {
+  // What a segment needs of the work list and the positions alone.
+  DENDRITE_DEVICE void begin(const WorkSegment& segment) {
     end_ = begin_ + (segment.count + kTile - 1) / kTile;
-    load_queries(segment);
     sync_warp();
     rows_.start(p_, segment, first_query(), shared_.positions());
     sync_warp();
+  }
+
+  // Takes the segment that was begun; returns the worker's next one, or -1.
+  DENDRITE_DEVICE int run(int index, const WorkSegment& segment) {
+    load_queries(segment);
     for (int t = seek(begin_); t < end_;) t = seek(attend(t));
     begin_ = end_;
     const WorkSegment done = whole_segment(p_, index);  // not worth registers in the main loop
@@ -377,14 +430,16 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
       AttentionProducer<kDim, kGroups>(p, shared, &keys, &values).run(segment);
   } else {
     take_registers<kGroups == 1 ? 216 : 232>();
+    AttentionConsumer<T, kDim, kGroups> consumer(p, shared);
+    consumer.begin(segment);
     grid_dependency_wait();
     grid_dependency_launch();
     if (segment.count == 0) return;
-    AttentionConsumer<T, kDim, kGroups> consumer(p, shared);
     for (int index = blockIdx.x;;) {
       index = consumer.run(index, segment);
       if (index < 0) break;
       segment = whole_segment(p, index);
+      consumer.begin(segment);
     }
   }
 #else
