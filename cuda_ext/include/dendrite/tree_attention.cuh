@@ -18,8 +18,7 @@ struct AttentionShared {
   static constexpr int kStride = kDim + 8;  // elements; the pad keeps ldmatrix free of conflicts
   static constexpr int kTileBytes = kTile * kUnit * kStride * 2;
   static constexpr int kEntriesAt = 4 * kTileBytes;  // K and V, two stages
-  static constexpr int kPositionsAt = kEntriesAt + 4 * kTile * int(sizeof(WorkEntry));
-  static constexpr int kBytes = kPositionsAt + 128 * int(sizeof(int32_t));
+  static constexpr int kBytes = kEntriesAt + 4 * kTile * int(sizeof(WorkEntry));
 };
 
 template <class T, int kDim, int kWarps, int kTile>
@@ -80,8 +79,7 @@ class AttentionWarp {
   }
 
   DENDRITE_DEVICE void start(const WorkSegment& segment) {
-    rows_.start(p_, segment, first_query(),
-                reinterpret_cast<int32_t*>(smem_ + Shared::kPositionsAt));
+    rows_.start(p_, segment, first_query());
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = rows_.query(0, half);

@@ -14,11 +14,9 @@ class AttentionRows {
   float m[kMTiles][2], l[kMTiles][2];
   float o[kMTiles][kDim / 8][4];
 
-  // `first`: the warp's first query in the tile; `positions`: shared memory for all of the tile.
-  DENDRITE_DEVICE void start(const TreeAttentionParams& p, const WorkSegment& segment, int first,
-                             int32_t* positions) {
+  // `first`: the warp's first query in the tile.
+  DENDRITE_DEVICE void start(const TreeAttentionParams& p, const WorkSegment& segment, int first) {
     first_ = first;
-    positions_ = positions;
     num_queries_ = segment.num_rows * p.group;
     low_position_ = 0x7fffffff;
     high_position_ = -1;
@@ -29,7 +27,7 @@ class AttentionRows {
         const int i = query(mt, half);
         const bool valid = i < num_queries_;
         const int position = valid ? p.positions[segment.row_begin + i / p.group] : -1;
-        if (lane() % 4 == 0) positions[i] = position;  // read by this warp alone
+        position_[mt][half] = position;
         if (valid) {
           low_position_ = min(low_position_, position);
           high_position_ = max(high_position_, position);
@@ -65,16 +63,22 @@ class AttentionRows {
   }
   // Whether this warp's queries read all of the entry.
   DENDRITE_DEVICE bool all_see(const TreeAttentionParams& p, const WorkEntry& entry) const {
-    return first_reader(entry) * p.group <= first_ &&
-           end_of_readers(entry) * p.group >= min(first_ + kMTiles * 16, num_queries_) &&
-           entry.len == kUnit && entry.pos + kUnit - 1 <= low_position_ &&
-           (p.window == 0 || entry.pos > high_position_ - p.window);
+    return entry.len == kUnit && all_see(p, first_reader(entry) * p.group,
+                                         end_of_readers(entry) * p.group, entry.pos,
+                                         entry.pos + kUnit - 1);
+  }
+  // Whether all of them are among [begin, end) and see all positions from `low` to `high`.
+  DENDRITE_DEVICE bool all_see(const TreeAttentionParams& p, int begin, int end, int low,
+                               int high) const {
+    return begin <= first_ && end >= min(first_ + kMTiles * 16, num_queries_) &&
+           high <= low_position_ && (p.window == 0 || low > high_position_ - p.window);
   }
 
   // Sets the raw scores of kCount entries that a row may not see to -inf.
-  template <int kCount>
-  DENDRITE_DEVICE void mask(const TreeAttentionParams& p, const WorkEntry* entries,
+  template <int kCount, class Entries>
+  DENDRITE_DEVICE void mask(const TreeAttentionParams& p, const Entries& entries,
                             float (&s)[kMTiles][2 * kCount][4]) const {
+    const int lane_slot = lane() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const WorkEntry entry = entries[j];
@@ -84,16 +88,18 @@ class AttentionRows {
       for (int mt = 0; mt < kMTiles; ++mt) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int i = query(mt, half), reader = positions_[i];
+          const int i = query(mt, half);
           const bool here = i >= begin && i < end;
-          const int stop = here ? min(entry.len, reader - entry.pos + 1) : 0;  // visible slots
-          const int from = p.window > 0 ? reader - p.window + 1 - entry.pos : 0;
+          const int seen = here ? min(entry.len, position_[mt][half] - entry.pos + 1) : 0;
+          const int stop = seen - lane_slot;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int slot = c / 2 * 8 + lane() % 4 * 2 + c % 2;
-            float& score = s[mt][2 * j + c / 2][half * 2 + c % 2];
-            if (slot >= stop || slot < from) score = kMinusInf;
-          }
+          for (int c = 0; c < 4; ++c)
+            if (slot(c) >= stop) s[mt][2 * j + c / 2][half * 2 + c % 2] = kMinusInf;
+          if (p.window == 0) continue;
+          const int from = position_[mt][half] - p.window + 1 - entry.pos - lane_slot;
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            if (slot(c) < from) s[mt][2 * j + c / 2][half * 2 + c % 2] = kMinusInf;
         }
       }
     }
@@ -191,6 +197,9 @@ class AttentionRows {
  private:
   static DENDRITE_DEVICE int lane() { return threadIdx.x % 32; }
 
+  // Slot of an entry that score c of a row belongs to, behind the first slot of the lane.
+  static constexpr DENDRITE_DEVICE int slot(int c) { return c / 2 * 8 + c % 2; }
+
   // The largest of this lane's raw scores of a row in kCount entries.
   template <int kCount, int kAll>
   static DENDRITE_DEVICE float top(const float (&s)[kAll][4], int n, int half) {
@@ -230,7 +239,7 @@ class AttentionRows {
   }
 
   int first_, num_queries_, low_position_, high_position_;
-  const int32_t* positions_;
+  int position_[kMTiles][2];
 };
 
 }  // namespace dendrite

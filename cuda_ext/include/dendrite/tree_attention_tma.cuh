@@ -16,6 +16,17 @@
 
 namespace dendrite {
 
+// What a tile's entries have in common, made once for all warps: in queries of the segment,
+// [begin, end) read all of it; from which position to which; and which warpgroups read some of it.
+struct TileSummary {
+  int32_t begin, end, low;
+  int32_t high;  // no row sees so far where some entry is not whole
+  static constexpr int kReadersAt = 16;  // bits of `begin` from which on the warpgroups follow
+
+  DENDRITE_DEVICE bool read_by(int group) const { return (begin >> (kReadersAt + group) & 1) != 0; }
+  DENDRITE_DEVICE int first() const { return begin & ((1 << kReadersAt) - 1); }
+};
+
 template <int kDim, int kGroups>
 struct AttentionSharedTma {
   static constexpr int kTile = kTileUnits;
@@ -23,39 +34,57 @@ struct AttentionSharedTma {
   static constexpr int kRing = kStages < 8 ? 8 : 16;  // tiles of entries: more than kStages
   static constexpr int kPanels = kDim / 64;
   static constexpr int kTileBytes = kPanels * kPanelBytes;  // of K, and of V
+  static constexpr int kEntriesBytes = (kTile + 1) * int(sizeof(WorkEntry));  // and the summary
   static constexpr int kBarriersAt = 2 * kStages * kTileBytes;
-  static constexpr int kEntriesAt = kBarriersAt + 4 * kStages * int(sizeof(Mbarrier));
-  static constexpr int kPositionsAt = kEntriesAt + kRing * kTile * int(sizeof(WorkEntry));
-  static constexpr int kBytes = kPositionsAt + kGroups * 64 * 4 + 1024;  // room to align
+  static constexpr int kEntriesAt = kBarriersAt + 4 * kStages * kMbarrierBytes;
+  static constexpr int kBytes = kEntriesAt + kRing * kEntriesBytes + 1024;  // room to align
 
-  char* smem;
-  DENDRITE_DEVICE char* keys(int t) const { return smem + t % kStages * 2 * kTileBytes; }
-  DENDRITE_DEVICE char* values(int t) const { return keys(t) + kTileBytes; }
-  DENDRITE_DEVICE WorkEntry* entries(int t) const {
-    return reinterpret_cast<WorkEntry*>(smem + kEntriesAt) + t % kRing * kTile;
+  // Where a tile is: tiles go through the stages in turn.
+  struct Place {
+    int tile = 0, stage = 0, parity = 0;
+    DENDRITE_DEVICE void step() {
+      ++tile;
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+    DENDRITE_DEVICE Place next() const {
+      Place place = *this;
+      place.step();
+      return place;
+    }
+  };
+
+  SharedAddress base;
+  DENDRITE_DEVICE SharedAddress keys(const Place& at) const {
+    return base + at.stage * 2 * kTileBytes;
   }
-  DENDRITE_DEVICE int32_t* positions() const {
-    return reinterpret_cast<int32_t*>(smem + kPositionsAt);
+  DENDRITE_DEVICE SharedAddress values(const Place& at) const { return keys(at) + kTileBytes; }
+  DENDRITE_DEVICE SharedAddress entries(int tile) const {
+    return base + kEntriesAt + (tile & (kRing - 1)) * kEntriesBytes;
   }
-  DENDRITE_DEVICE Mbarrier* keys_full(int t) const { return barriers() + t % kStages * 4; }
-  DENDRITE_DEVICE Mbarrier* keys_empty(int t) const { return keys_full(t) + 1; }
-  DENDRITE_DEVICE Mbarrier* values_full(int t) const { return keys_full(t) + 2; }
-  DENDRITE_DEVICE Mbarrier* values_empty(int t) const { return keys_full(t) + 3; }
-  static DENDRITE_DEVICE int parity(int t) { return t / kStages & 1; }
+  DENDRITE_DEVICE SharedAddress summary(int tile) const {
+    return entries(tile) + kTile * int(sizeof(WorkEntry));
+  }
+  DENDRITE_DEVICE SharedAddress keys_full(const Place& at) const {
+    return base + kBarriersAt + at.stage * 4 * kMbarrierBytes;
+  }
+  DENDRITE_DEVICE SharedAddress keys_empty(const Place& at) const {
+    return keys_full(at) + kMbarrierBytes;
+  }
+  DENDRITE_DEVICE SharedAddress values_full(const Place& at) const {
+    return keys_full(at) + 2 * kMbarrierBytes;
+  }
+  DENDRITE_DEVICE SharedAddress values_empty(const Place& at) const {
+    return keys_full(at) + 3 * kMbarrierBytes;
+  }
 
   DENDRITE_DEVICE void start_barriers() const {
-    for (int t = 0; t < kStages; ++t) {
-      mbarrier_init(keys_full(t), 1);
-      mbarrier_init(values_full(t), 1);
-      mbarrier_init(keys_empty(t), 4 * kGroups);  // one arrival of each warp
-      mbarrier_init(values_empty(t), 4 * kGroups);
+    for (Place at; at.tile < kStages; at.step()) {
+      mbarrier_init(keys_full(at), 1);
+      mbarrier_init(values_full(at), 1);
+      mbarrier_init(keys_empty(at), 4 * kGroups);  // one arrival of each warp
+      mbarrier_init(values_empty(at), 4 * kGroups);
     }
     mbarrier_init_done();
-  }
-
- private:
-  DENDRITE_DEVICE Mbarrier* barriers() const {
-    return reinterpret_cast<Mbarrier*>(smem + kBarriersAt);
   }
 };
 
@@ -75,6 +104,7 @@ DENDRITE_DEVICE WorkSegment whole_segment(const TreeAttentionParams& p, int inde
 template <int kDim, int kGroups>
 class AttentionProducer {
   using Shared = AttentionSharedTma<kDim, kGroups>;
+  using Place = typename Shared::Place;
   static constexpr int kTile = Shared::kTile, kPanels = Shared::kPanels;
   static constexpr int kBoxBytes = kUnit * 128;  // a panel's part of one entry
 
@@ -85,14 +115,15 @@ class AttentionProducer {
 
   DENDRITE_DEVICE void run(WorkSegment segment) {
     uint4 ahead = entry(segment, lane());
-    int t = begin(segment, ahead);
-    for (int j = t * kTile;; j = 0) {
+    begin(segment, ahead);
+    for (int j = place_.tile * kTile;; j = 0) {
       const int count = segment.count;
       for (int first = 0; first < count; first += 32, j = 0) {
         const uint4 now = ahead;
         ahead = entry(segment, first + 32 + lane());
         const int row = first_row(now);
-        for (; j < 32 && first + j < count; j += kTile) load_tile(t++, now, row, j);
+        const uint4 summary = summarise(work_entry(now), segment);
+        for (; j < 32 && first + j < count; j += kTile) load_tile(now, summary, row, j);
       }
       if (segment.next < 0) return;
       segment = whole_segment(p_, segment.next);
@@ -111,77 +142,106 @@ class AttentionProducer {
     return int(entry_offset(p_, work_entry(entry), blockIdx.y, 1));
   }
 
-  // Fills the stages for the first time; returns the tiles that are on their way. Only what the
-  // step itself has stored waits for the kernels ahead of this one.
-  DENDRITE_DEVICE int begin(const WorkSegment& segment, const uint4& entry) {
-    const uint32_t old = ballot((entry.z & kOld) != 0);
-    const int row = first_row(entry);
-    const int tiles = min(kFirst, (segment.count + kTile - 1) / kTile);
-    if (lane() < tiles * kTile) store_16(shared_.entries(0) + lane(), entry);
-    sync_warp();
-    for (int t = 0; t < tiles; ++t) {
-      if (lane() == 0) {
-        mbarrier_arrive_and_expect(shared_.keys_full(t), Shared::kTileBytes);
-        mbarrier_arrive_and_expect(shared_.values_full(t), Shared::kTileBytes);
-      }
-      load_boxes(t, row, t * kTile, old >> t * kTile);
-    }
-    grid_dependency_wait();
-    for (int t = 0; t < tiles; ++t) load_boxes(t, row, t * kTile, ~old >> t * kTile);
-    return tiles;
-  }
-
-  // Keys and values of those entries of the tile in lanes [j, j + kTile) that `chosen` has.
-  DENDRITE_DEVICE void load_boxes(int t, int row, int j, uint32_t chosen) {
-    int rows[kTile];
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) rows[i] = shfl(row, j + i);
-    if (lane() != 0) return;
-    load_keys(t, rows, chosen);
-    load_values(t, rows, chosen);
-  }
-
   // Behind the last entry of a segment: padding.
   DENDRITE_DEVICE uint4 entry(const WorkSegment& segment, int index) const {
     if (index >= segment.count) return make_uint4(0, 0, 0, 0);
     return load_16(p_.work + segment.entries + 4 * index);
   }
 
+  // A TileSummary, in all lanes that hold the tile's entries.
+  DENDRITE_DEVICE uint4 summarise(const WorkEntry& entry, const WorkSegment& segment) const {
+    int begin = first_reader(entry) * p_.group, end = end_of_readers(entry) * p_.group;
+    int low = entry.pos, high = entry.len == kUnit ? entry.pos + kUnit - 1 : 0x7fffffff;
+    int readers = 0;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int limit = min(64 * (g + 1), segment.num_rows * p_.group);
+      if (entry.len > 0 && begin < limit && end > 64 * g) readers |= 1 << g;
+    }
+#pragma unroll
+    for (int mask = 1; mask < kTile; mask *= 2) {
+      begin = max(begin, shfl_xor(begin, mask));
+      end = min(end, shfl_xor(end, mask));
+      low = min(low, shfl_xor(low, mask));
+      high = max(high, shfl_xor(high, mask));
+      readers |= shfl_xor(readers, mask);
+    }
+    return make_uint4(uint32_t(begin | readers << TileSummary::kReadersAt), uint32_t(end),
+                      uint32_t(low), uint32_t(high));
+  }
+
+  // The lanes of a tile leave its entries and its summary.
+  DENDRITE_DEVICE void store_entry(int tile, const uint4& entry, const uint4& summary) const {
+    store_shared_16(shared_.entries(tile) + lane() % kTile * int(sizeof(WorkEntry)), entry);
+    if (lane() % kTile == 0) store_shared_16(shared_.summary(tile), summary);
+  }
+
+  // Fills the stages for the first time. Only what the step itself has stored waits for the kernels
+  // ahead of this one.
+  DENDRITE_DEVICE void begin(const WorkSegment& segment, const uint4& entry) {
+    const uint32_t old = ballot((entry.z & kOld) != 0);
+    const int row = first_row(entry);
+    const int tiles = min(kFirst, (segment.count + kTile - 1) / kTile);
+    const uint4 summary = summarise(work_entry(entry), segment);
+    if (lane() < tiles * kTile) store_entry(lane() / kTile, entry, summary);
+    sync_warp();
+    for (Place at; at.tile < tiles; at.step()) {
+      if (lane() == 0) {
+        mbarrier_arrive_and_expect(shared_.keys_full(at), Shared::kTileBytes);
+        mbarrier_arrive_and_expect(shared_.values_full(at), Shared::kTileBytes);
+      }
+      load_boxes(at, row, old >> at.tile * kTile);
+    }
+    grid_dependency_wait();
+    for (; place_.tile < tiles; place_.step())
+      load_boxes(place_, row, ~old >> place_.tile * kTile);
+  }
+
+  // Keys and values of those entries that `chosen` has, of a tile among the first ones.
+  DENDRITE_DEVICE void load_boxes(const Place& at, int row, uint32_t chosen) {
+    int rows[kTile];
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) rows[i] = shfl(row, at.tile * kTile + i);
+    if (lane() != 0) return;
+    load_keys(at, rows, chosen);
+    load_values(at, rows, chosen);
+  }
+
   // The tile is in lanes [j, j + kTile): entries and where they start in the maps.
-  DENDRITE_DEVICE void load_tile(int t, const uint4& entry, int row, int j) {
+  DENDRITE_DEVICE void load_tile(const uint4& entry, const uint4& summary, int row, int j) {
     int rows[kTile];
 #pragma unroll
     for (int i = 0; i < kTile; ++i) rows[i] = shfl(row, j + i);
-    const int parity = Shared::parity(t) ^ 1;
-    mbarrier_wait(shared_.keys_empty(t), parity);
-    if (lane() / kTile * kTile == j) store_16(shared_.entries(t) + lane() % kTile, entry);
+    mbarrier_wait(shared_.keys_empty(place_), place_.parity ^ 1);
+    if (lane() / kTile * kTile == j) store_entry(place_.tile, entry, summary);
     sync_warp();
     if (lane() == 0) {
-      mbarrier_arrive_and_expect(shared_.keys_full(t), Shared::kTileBytes);
-      load_keys(t, rows, kWholeTile);
-      mbarrier_wait(shared_.values_empty(t), parity);
-      mbarrier_arrive_and_expect(shared_.values_full(t), Shared::kTileBytes);
-      load_values(t, rows, kWholeTile);
+      mbarrier_arrive_and_expect(shared_.keys_full(place_), Shared::kTileBytes);
+      load_keys(place_, rows, kWholeTile);
+      mbarrier_wait(shared_.values_empty(place_), place_.parity ^ 1);
+      mbarrier_arrive_and_expect(shared_.values_full(place_), Shared::kTileBytes);
+      load_values(place_, rows, kWholeTile);
     }
     sync_warp();
+    place_.step();
   }
 
   // One thread: the entries of a tile that `chosen` has.
-  DENDRITE_DEVICE void load_keys(int t, const int (&rows)[kTile], uint32_t chosen) {
+  DENDRITE_DEVICE void load_keys(const Place& at, const int (&rows)[kTile], uint32_t chosen) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
       if ((chosen >> i & 1) == 0) continue;
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel)
-        load_box(shared_.keys(t) + panel * kPanelBytes + i * kBoxBytes, keys_, shared_.keys_full(t),
-                 0, rows[i], panel);
+        load_box(shared_.keys(at) + panel * kPanelBytes + i * kBoxBytes, keys_,
+                 shared_.keys_full(at), 0, rows[i], panel);
     }
   }
-  DENDRITE_DEVICE void load_values(int t, const int (&rows)[kTile], uint32_t chosen) {
+  DENDRITE_DEVICE void load_values(const Place& at, const int (&rows)[kTile], uint32_t chosen) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
       if ((chosen >> i & 1) == 0) continue;
-      load_box(shared_.values(t) + i * kPanels * kBoxBytes, values_, shared_.values_full(t), 0,
+      load_box(shared_.values(at) + i * kPanels * kBoxBytes, values_, shared_.values_full(at), 0,
                rows[i], 0);
     }
   }
@@ -189,38 +249,48 @@ class AttentionProducer {
   const TreeAttentionParams& p_;
   const Shared& shared_;
   const CUtensorMap *keys_, *values_;
+  Place place_;
 };
 
 template <class T, int kDim, int kGroups>
 class AttentionConsumer {
   using Shared = AttentionSharedTma<kDim, kGroups>;
+  using Place = typename Shared::Place;
   using Scores = float[1][2 * kTileUnits][4];
   static constexpr int kTile = Shared::kTile;
   static constexpr int kSteps = kDim / 16;
 
  public:
   DENDRITE_DEVICE AttentionConsumer(const TreeAttentionParams& p, const Shared& shared)
-      : p_(p), shared_(shared), begin_(0) {}
+      : p_(p), shared_(shared), end_(0) {}
 
   // What a segment needs of the work list and the positions alone.
   DENDRITE_DEVICE void begin(const WorkSegment& segment) {
-    end_ = begin_ + (segment.count + kTile - 1) / kTile;
-    sync_warp();
-    rows_.start(p_, segment, first_query(), shared_.positions());
-    sync_warp();
+    end_ += (segment.count + kTile - 1) / kTile;
+    rows_.start(p_, segment, first_query());
   }
 
   // Takes the segment that was begun; returns the worker's next one, or -1.
   DENDRITE_DEVICE int run(int index, const WorkSegment& segment) {
     load_queries(segment);
-    for (int t = seek(begin_); t < end_;) t = seek(attend(t));
-    begin_ = end_;
+    seek();
+    while (here_.tile < end_) {
+      attend();
+      seek();
+    }
     const WorkSegment done = whole_segment(p_, index);  // not worth registers in the main loop
     rows_.template finish<64 * kGroups>(p_, done, blockIdx.y);
     return done.next;
   }
 
  private:
+  struct Entries {
+    SharedAddress base;
+    DENDRITE_DEVICE WorkEntry operator[](int j) const {
+      return work_entry(load_shared_16(base + j * int(sizeof(WorkEntry))));
+    }
+  };
+
   static DENDRITE_DEVICE int lane() { return threadIdx.x % 32; }
   static DENDRITE_DEVICE int group() { return kGroups == 1 ? 0 : threadIdx.x / 128; }
 
@@ -241,71 +311,72 @@ class AttentionConsumer {
     }
   }
 
-  DENDRITE_DEVICE void release(Mbarrier* barrier) const {
+  DENDRITE_DEVICE void release(SharedAddress barrier) const {
     sync_warp();
     if (lane() == 0) mbarrier_arrive(barrier);
   }
 
-  // Whether this warpgroup reads tile t, whose keys are at hand afterwards. Sets whole_.
-  DENDRITE_DEVICE bool peek(int t) {
-    mbarrier_wait(shared_.keys_full(t), Shared::parity(t));
-    const WorkEntry entry = work_entry(load_16(shared_.entries(t) + lane() % kTile));
-    whole_ = all_sync(rows_.all_see(p_, entry));
-    return any_sync(rows_.reads(p_, entry, group() * 64, group() * 64 + 64));
+  // Whether this warpgroup reads a tile, whose keys are at hand afterwards. Sets whole_.
+  DENDRITE_DEVICE bool peek(const Place& at) {
+    mbarrier_wait(shared_.keys_full(at), at.parity);
+    const uint4 words = load_shared_16(shared_.summary(at.tile));
+    const TileSummary summary{int(words.x), int(words.y), int(words.z), int(words.w)};
+    whole_ = rows_.all_see(p_, summary.first(), summary.end, summary.low, summary.high);
+    return summary.read_by(group());
   }
 
-  // The first tile from t on that this warpgroup reads, or end_. Nothing may be under way: the tiles
-  // passed over come through all stages, and a stage that is held would stop them.
-  DENDRITE_DEVICE int seek(int t) {
-    for (; t < end_ && !peek(t); ++t) {
-      mbarrier_wait(shared_.values_full(t), Shared::parity(t));
-      release(shared_.keys_empty(t));
-      release(shared_.values_empty(t));
+  // Goes to the next tile that this warpgroup reads, or to the end. Nothing may be under way: the
+  // tiles passed over come through all stages, and a stage that is held would stop them.
+  DENDRITE_DEVICE void seek() {
+    for (; here_.tile < end_ && !peek(here_); here_.step()) {
+      mbarrier_wait(shared_.values_full(here_), here_.parity);
+      release(shared_.keys_empty(here_));
+      release(shared_.values_empty(here_));
     }
-    return t;
   }
 
-  // Tile t and those behind it, up to the first one that is not read, which is returned. While the
-  // values of one are under way the next one becomes weights.
-  DENDRITE_DEVICE int attend(int t) {
+  // This tile and those behind it, up to the first one that is not read. While the values of one are
+  // under way the next one becomes weights.
+  DENDRITE_DEVICE void attend() {
     Scores s;
     uint32_t weights[kTile][4];
-    start_scores(t, s);
+    start_scores(here_, s);
     wgmma_wait<0>();
     hold(s[0]);
-    release(shared_.keys_empty(t));
-    if (mask_and_check(t, s)) grow(t, s);
+    release(shared_.keys_empty(here_));
+    if (mask_and_check(here_, s)) grow(here_, s);
     rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile);
     pack(s, weights);
-    for (; t + 1 < end_ && peek(t + 1); ++t) {
-      mbarrier_wait(shared_.values_full(t), Shared::parity(t));
-      start_scores(t + 1, s);
-      start_values(t, weights);
+    for (Place next = here_.next(); next.tile < end_ && peek(next); next = here_.next()) {
+      mbarrier_wait(shared_.values_full(here_), here_.parity);
+      start_scores(next, s);
+      start_values(here_, weights);
       wgmma_wait<1>();
       hold(s[0]);
-      release(shared_.keys_empty(t + 1));
-      const bool grows = mask_and_check(t + 1, s);
+      release(shared_.keys_empty(next));
+      const bool grows = mask_and_check(next, s);
       if (!grows) rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile);
       wgmma_wait<0>();
       hold(rows_.o[0]);
-      release(shared_.values_empty(t));
+      release(shared_.values_empty(here_));
       if (grows) {
-        grow(t + 1, s);
+        grow(next, s);
         rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile);
       }
       pack(s, weights);
+      here_ = next;
     }
-    mbarrier_wait(shared_.values_full(t), Shared::parity(t));
-    start_values(t, weights);
+    mbarrier_wait(shared_.values_full(here_), here_.parity);
+    start_values(here_, weights);
     wgmma_wait<0>();
     hold(rows_.o[0]);
-    release(shared_.values_empty(t));
-    return t + 1;
+    release(shared_.values_empty(here_));
+    here_.step();
   }
 
   // Sends the products of the queries with a tile's keys on their way.
-  DENDRITE_DEVICE void start_scores(int t, Scores& s) {
-    const uint64_t keys = k_major(shared_.keys(t));
+  DENDRITE_DEVICE void start_scores(const Place& at, Scores& s) {
+    const uint64_t keys = k_major(shared_.keys(at));
     hold(s[0]);
     wgmma_fence();
 #pragma unroll
@@ -327,8 +398,8 @@ class AttentionConsumer {
   }
 
   // The same for a tile, left under way.
-  DENDRITE_DEVICE void start_values(int t, const uint32_t (&weights)[kTile][4]) {
-    const uint64_t values = n_major<kUnit * 128>(shared_.values(t));
+  DENDRITE_DEVICE void start_values(const Place& at, const uint32_t (&weights)[kTile][4]) {
+    const uint64_t values = n_major<kUnit * 128>(shared_.values(at));
     hold(rows_.o[0]);
     wgmma_fence();
 #pragma unroll
@@ -338,8 +409,8 @@ class AttentionConsumer {
   }
 
   // Hides what rows may not see; whether a maximum of the warpgroup has to grow.
-  DENDRITE_DEVICE bool mask_and_check(int t, Scores& s) const {
-    if (!whole_) rows_.template mask<kTile>(p_, shared_.entries(t), s);
+  DENDRITE_DEVICE bool mask_and_check(const Place& at, Scores& s) const {
+    if (!whole_) rows_.template mask<kTile>(p_, Entries{shared_.entries(at.tile)}, s);
     return too_large(s);
   }
   DENDRITE_DEVICE bool too_large(const Scores& s) const {
@@ -348,10 +419,10 @@ class AttentionConsumer {
 
   // Brings the maxima up to the scores. Usually it is a row's first entry that does; where it is a
   // later one, the values of each entry are added before the next one.
-  DENDRITE_DEVICE void grow(int t, Scores& s) {
+  DENDRITE_DEVICE void grow(const Place& at, Scores& s) {
     begin_rows(s);
     rows_.template grow<kTile>(p_.scale_log2, s, 0);
-    if (too_large(s)) one_by_one(t, s);
+    if (too_large(s)) one_by_one(at, s);
   }
 
   // A row without a maximum takes that of its first entry: so far it has nothing to scale.
@@ -375,8 +446,8 @@ class AttentionConsumer {
   }
 
   // Leaves no score: what follows adds nothing.
-  DENDRITE_DEVICE void one_by_one(int t, Scores& s) {
-    mbarrier_wait(shared_.values_full(t), Shared::parity(t));
+  DENDRITE_DEVICE void one_by_one(const Place& at, Scores& s) {
+    mbarrier_wait(shared_.values_full(at), at.parity);
 #pragma unroll
     for (int j = 0; j < kTile; ++j) {
       if (j > 0) rows_.template grow<kTile>(p_.scale_log2, s, j);
@@ -385,7 +456,7 @@ class AttentionConsumer {
       rows_.template pack<kTile>(s[0], j, a);
       hold(rows_.o[0]);
       wgmma_fence();
-      add_values(n_major<kUnit * 128>(shared_.values(t)), j, a);
+      add_values(n_major<kUnit * 128>(shared_.values(at)), j, a);
       wgmma_commit();
       wgmma_wait<0>();
       hold(rows_.o[0]);
@@ -398,7 +469,8 @@ class AttentionConsumer {
 
   const TreeAttentionParams& p_;
   const Shared& shared_;
-  int begin_, end_;
+  Place here_;
+  int end_;  // tiles up to the end of the segment
   bool whole_;  // all rows of the warp see all of the tile that was sought last
   uint32_t q_[kSteps][4];
   AttentionRows<T, kDim, 1> rows_;
@@ -414,7 +486,7 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int kConsumers = 128 * kGroups;
   extern __shared__ char raw[];
-  const AttentionSharedTma<kDim, kGroups> shared{raw + (1024 - shared_address(raw) % 1024) % 1024};
+  const AttentionSharedTma<kDim, kGroups> shared{kept((shared_address(raw) + 1023) / 1024 * 1024)};
   // The list is there before the first kernel of a step begins: no need to wait for the last one.
   WorkSegment segment = whole_segment(p, blockIdx.x);
   if (threadIdx.x == kConsumers) {
@@ -424,12 +496,12 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
   }
   sync_block();
   if (threadIdx.x >= kConsumers) {
-    give_registers<40>();
+    give_registers<56>();
     if (threadIdx.x >= kConsumers + 32) return;
     if (segment.count > 0)
       AttentionProducer<kDim, kGroups>(p, shared, &keys, &values).run(segment);
   } else {
-    take_registers<kGroups == 1 ? 216 : 232>();
+    take_registers<kGroups == 1 ? 200 : 224>();
     AttentionConsumer<T, kDim, kGroups> consumer(p, shared);
     consumer.begin(segment);
     grid_dependency_wait();

@@ -12,19 +12,21 @@ namespace dendrite {
 
 constexpr int kPanelBytes = 64 * 128;
 
+// Operands start at addresses as shared_address() tells them.
+//
 // Operand whose rows are contiguous along k (queries, keys): 8 rows are 1024 bytes.
-DENDRITE_DEVICE uint64_t k_major(const void* smem) {
+DENDRITE_DEVICE uint64_t k_major(uint32_t smem) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
   return kSwizzle128 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 |
-         (shared_address(smem) & 0x3ffff) >> 4;
+         (smem & 0x3ffff) >> 4;
 }
 
 // Operand whose rows run along n (values: a row is a slot): the next 64 columns are a panel away.
 template <int kPanelDistance = kPanelBytes>
-DENDRITE_DEVICE uint64_t n_major(const void* smem) {
+DENDRITE_DEVICE uint64_t n_major(uint32_t smem) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
   return kSwizzle128 | uint64_t(1024 >> 4) << 32 | uint64_t(kPanelDistance >> 4) << 16 |
-         (shared_address(smem) & 0x3ffff) >> 4;
+         (smem & 0x3ffff) >> 4;
 }
 
 // The operand that many bytes behind one of the above (shared memory's addresses fit into 18 bits).
