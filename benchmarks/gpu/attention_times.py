@@ -4,8 +4,8 @@
 
 Each library is loaded by a process of its own. `a.so@64` takes tiles of 64 queries whatever the
 batch; `a.so:cuts.py` cuts the work by the `attention_work` of that file instead of the engine's
-Python twin. Times are medians of replays of a CUDA graph, in us (see gpu_timing); the relative error
-against fp32 attention on some rows is shown where it is larger than that of bf16.
+Python twin. Times are medians of replays of a CUDA graph, in us (see gpu_timing); the relative
+error against fp32 attention on some rows is shown where it is larger than that of bf16.
 """
 
 from __future__ import annotations
