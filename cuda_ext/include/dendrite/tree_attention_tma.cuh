@@ -377,8 +377,8 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
       AttentionProducer<kDim, kGroups>(p, shared, &keys, &values).run(segment);
   } else {
     take_registers<kGroups == 1 ? 216 : 232>();
-    grid_dependency_wait();
     grid_dependency_launch();
+    grid_dependency_wait();
     if (segment.count == 0) return;
     AttentionConsumer<T, kDim, kGroups> consumer(p, shared);
     for (int index = blockIdx.x;;) {

@@ -150,7 +150,7 @@ class DeviceTransformer:
             update = a.update
             ops.add_rms_norm(update, a.residual, layer.post_norm, eps, a.normed, None)
             if layer.gate_up.serves_silu_mul(gemm_rows):
-                ops.skinny_linear_silu_mul(g.normed, layer.gate_up.weight, g.gated)
+                layer.gate_up.silu_mul(g.normed, g.gated)
             else:
                 layer.gate_up(g.normed, g.gate_up)
                 ops.silu_mul(a.gate_up, a.gated)
