@@ -98,9 +98,9 @@ class DeviceRunner:
         started = time.perf_counter()
         try:
             self._bind_thread()
-            self._timer.poll()
             with torch.inference_mode():
                 result = self._run(plan)
+            self._timer.poll()
         except Exception as error:
             raise self.diagnose(error) from error
         self.steps += 1
