@@ -6,6 +6,11 @@ are real. Per step:
 - critical: from "tokens known" to "next forward pass launched": the device has nothing to do.
 - hidden: from there until the thread waits for the next tokens: sampling settings, reports.
 
+And for a job of one token on branches that are forked inside another one, on an idle engine:
+
+- fork_to_launch: from before the fork to "forward pass launched".
+- known_to_back: from "tokens known" until the caller has them.
+
     python benchmarks/host_step.py --branches 1 64 256 --listen
 """
 
@@ -21,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,13 +160,15 @@ class ModelFree(Engine):
         self.core = make_core(num_pages, 16)
         self.trace = Trace()
         self.clock = Clock()
+        self.model_config = SimpleNamespace(vocab_size=VOCAB)  # type: ignore[assignment]
+        self.max_context = 1 << 20
         self._branches = {}
         self._next_id = itertools.count(1).__next__
         self._lock = threading.Lock()
         sampler = FakeSampler(self.clock, seconds)
         decoder = Decoder(
             self.core, sampler, FakeTokenizer(), self.trace,  # type: ignore[arg-type]
-            eos_ids=[2], max_context=1 << 20, seed=0,
+            eos_ids=[2], max_context=self.max_context, seed=0,
         )  # fmt: skip
         runner = FakeRunner(self.clock)
         self._loop = StepLoop(self.core, runner, Scheduler(4096, 512), decoder, self.trace)
@@ -208,6 +216,28 @@ def measure(branches: int, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def measure_short_jobs(branches: int, args: argparse.Namespace) -> dict[str, float]:
+    """Medians over jobs of one token, in us."""
+    engine = ModelFree(branches + 300, args.device_ms / 1e3)
+    root, clock = engine.root(4093), engine.clock
+    params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=1)
+    before: list[float] = []
+    after: list[float] = []
+    for _ in range(args.jobs):
+        start = time.perf_counter()
+        forks = root.fork(branches, at=root.num_tokens - 7)
+        engine.complete(forks, params)
+        after.append(time.perf_counter() - clock.known[-1])
+        before.append(clock.launched[-1] - start)
+        for branch in forks:
+            branch.prune()
+    engine.close()
+    return {
+        "fork_to_launch": statistics.median(before) * 1e6,
+        "known_to_back": statistics.median(after) * 1e6,
+    }
+
+
 def _compute(until: threading.Event) -> None:
     """A user's thread that never waits."""
     while not until.is_set():
@@ -219,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--branches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--jobs", type=int, default=200, help="of one token each; 0: none")
     parser.add_argument("--device-ms", type=float, default=0.0, help="time of a step on the device")
     parser.add_argument("--listen", action="store_true", help="a callback hears every event")
     parser.add_argument("--ragged", action="store_true", help="branches end at different times")
@@ -230,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         threading.setprofile(lambda *_: (sys.setprofile(None), profile.enable()))
     for branches in args.branches:
         row = measure(branches, args)
+        if args.jobs:
+            row |= measure_short_jobs(branches, args)
         numbers = "  ".join(f"{name} {value:7.1f} us" for name, value in row.items())
         sys.stdout.write(f"{branches:4d} branches  {numbers}\n")
     if args.profile:

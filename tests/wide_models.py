@@ -40,6 +40,12 @@ _KINDS: dict[str, dict[str, Any]] = {
         "architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "sliding_window": 24,
         "max_window_layers": 1,
     },
+    **{
+        f"llama-of-{layers}": {
+            "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers,
+        }
+        for layers in (1, 2, 9)
+    },
 }  # fmt: skip
 
 

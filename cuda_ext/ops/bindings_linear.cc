@@ -1,6 +1,4 @@
 // skinny_linear and skinny_linear_silu_mul as torch ops.
-#include <torch/csrc/stable/ops.h>
-
 #include "bindings_common.h"
 #include "skinny_linear.h"
 
@@ -32,14 +30,7 @@ void run(Call& call, const Tensor& x, const Tensor& weight, const std::optional<
   params.weight = weights.data();
   params.out = result.data();
   if (params.rows == 0 || params.columns == 0) return;
-  params.plan = plan_skinny_linear(params.rows, params.columns, params.inputs, gated);
-  // Comes from torch's pool for this stream, which a capture keeps for its graph: the next user
-  // runs behind our kernels.
-  Tensor partials;
-  if (const size_t floats = skinny_linear_partials(params.plan, params.rows, params.columns, gated)) {
-    partials = torch::stable::new_empty(x, {int64_t(floats)}, ScalarType::Float);
-    params.partials = static_cast<float*>(partials.data_ptr());
-  }
+  params.plan = plan_skinny_linear(params.columns, params.inputs, gated);
   launch_skinny_linear(params, dtype, result.dtype(), gated, call.stream());
 }
 

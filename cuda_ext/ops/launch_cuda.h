@@ -93,26 +93,41 @@ int max_blocks_per_multiprocessor(void (*kernel)(Parameters...), int threads, si
   return place->second;
 }
 
-// Starts a kernel. With pdl it may start before the kernels ahead of it in the stream have ended,
-// and waits for them in grid_dependency_wait(). Throws std::runtime_error naming the kernel.
+// Starts a kernel in clusters of so many blocks of the grid's x. With pdl it may start before the
+// kernels ahead of it in the stream have ended, and waits for them in grid_dependency_wait(). Throws
+// std::runtime_error naming the kernel.
 template <class... Parameters, class... Arguments>
-void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem,
-                   cudaStream_t stream, bool pdl, Arguments&&... arguments) {
+void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t smem,
+                     cudaStream_t stream, bool pdl, Arguments&&... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
   allow_shared_memory(function, smem);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  int count = 0;
+  if (pdl) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {unsigned(cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = smem;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = pdl ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const cudaError_t status =
       cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (status != cudaSuccess) check_cuda(status, "launch of " + kernel_name(function));
+}
+
+// The same without clusters.
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem,
+                   cudaStream_t stream, bool pdl, Arguments&&... arguments) {
+  launch_clusters(kernel, 1, grid, block, smem, stream, pdl, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace dendrite

@@ -157,7 +157,7 @@ class Decoder:
         group, held = launch.group, launch.held
         tokens, logprobs = launch.tokens.wait()
         top = {} if launch.top is None else _rows(group.with_top, *launch.top.wait())
-        if tokens.min() >= 0:
+        if not np.count_nonzero(tokens < 0):
             status = self._core.append_batch(group.handles, tokens, logprobs, held)
         else:
             status = np.full(len(tokens), _NOT_FINITE, np.uint8)
@@ -165,7 +165,7 @@ class Decoder:
             status[good] = self._core.append_batch(
                 group.handles[good], tokens[good], logprobs[good], held[good]
             )
-        if not status.any():
+        if not np.count_nonzero(status):
             return self._accept(group, tokens, logprobs, held, top)
         good = np.flatnonzero(status == 0)
         some = group.take(good)
@@ -197,16 +197,20 @@ class Decoder:
 
     def _find_ended(self, drawn: Drawn, group: LaneGroup, held: np.ndarray) -> None:
         """Fill `reasons`; of several the first counts: eos, stop, length, context_full."""
+        eos = self._is_eos.take(drawn.tokens) & group.ends_on_eos
+        stopped = self._stopped(drawn, group)
+        length, full = group.left <= 0, held >= self._max_context - 1
+        ended = eos | length | full
+        if stopped is not None:
+            ended |= stopped
+        if not np.count_nonzero(ended):  # as in most steps
+            return
         causes: tuple[tuple[np.ndarray | None, FinishReason], ...] = (
-            (self._is_eos.take(drawn.tokens) & group.ends_on_eos, "eos"),
-            (self._stopped(drawn, group), "stop"),
-            (group.left <= 0, "length"),
-            (held >= self._max_context - 1, "context_full"),
-        )
-        for ended, reason in causes:
-            if ended is not None and ended.any():
-                for row in np.flatnonzero(ended).tolist():
-                    drawn.reasons.setdefault(row, reason)
+            (eos, "eos"), (stopped, "stop"), (length, "length"), (full, "context_full"),
+        )  # fmt: skip
+        for cause, reason in causes:
+            for row in () if cause is None else np.flatnonzero(cause).tolist():
+                drawn.reasons.setdefault(row, reason)
 
     def _stopped(self, drawn: Drawn, group: LaneGroup) -> np.ndarray | None:
         """Which rows end by a stop id or a stop string, bool [n]."""

@@ -56,7 +56,8 @@ class LaneGroup:
         ids: ids of their branches, i64 [n].
         left: tokens that each may still generate, i64 [n].
         flags: see `DecodingLane.flags`, u8 [n].
-        settings: how they sample.
+        settings: how they sample; made when it is first asked for, which for new lanes is after
+            their first forward pass was launched.
         ends_on_eos: which lanes end with an end-of-turn token, bool [n].
         stop_ids: pairs of (row, id that ends it), i64 [m] and i32 [m]; None where there are none.
         with_stop_texts: rows that a string may end.
@@ -72,11 +73,11 @@ class LaneGroup:
         ids: np.ndarray,
         left: np.ndarray,
         flags: np.ndarray,
-        settings: SamplingRows,
+        settings: SamplingRows | None = None,
     ) -> None:
         self.lanes = lanes
         self.handles, self.ids, self.left, self.flags = handles, ids, left, flags
-        self.settings = settings
+        self._settings = settings
         self._present = int(np.bitwise_or.reduce(flags)) if lanes else 0
         self.ends_on_eos = (flags & _ENDS_ON_EOS).view(bool)
         self.stop_ids = self._pair_stop_ids()
@@ -94,8 +95,14 @@ class LaneGroup:
             np.array([lane.branch.id for lane in lanes], np.int64),
             np.array([lane.sampler.params.max_tokens for lane in lanes], np.int64),
             np.array([lane.flags for lane in lanes], np.uint8),
-            SamplingRows.of([lane.sampler for lane in lanes]),
         )
+
+    @property
+    def settings(self) -> SamplingRows:
+        """See above."""
+        if self._settings is None:
+            self._settings = SamplingRows.of([lane.sampler for lane in self.lanes])
+        return self._settings
 
     def __len__(self) -> int:
         return len(self.lanes)
@@ -108,18 +115,20 @@ class LaneGroup:
             self.ids.take(rows),
             self.left.take(rows),
             self.flags.take(rows),
-            self.settings.take(rows),
+            None if self._settings is None else self._settings.take(rows),
         )
 
     def without(self, gone: Collection[Lane]) -> LaneGroup:
         """A group of the lanes that are not in `gone`; O(n)."""
         kept = [row for row, lane in enumerate(self.lanes) if lane not in gone]
-        return self if len(kept) == len(self.lanes) else self.take(np.array(kept, np.int64))
+        if len(kept) == len(self.lanes):
+            return self
+        return self.take(np.array(kept, np.int64)) if kept else _NOBODY
 
     def joined(self, other: LaneGroup) -> LaneGroup:
         """These lanes and then those of `other`."""
-        if not self.lanes:
-            return other
+        if not self.lanes or not other.lanes:
+            return self if self.lanes else other
         return LaneGroup(
             self.lanes + other.lanes,
             np.concatenate((self.handles, other.handles)),
@@ -147,6 +156,9 @@ class LaneGroup:
         return rows
 
 
+_NOBODY = LaneGroup.of(())  # groups without lanes are all alike
+
+
 class Roster:
     """The lanes that need a forward pass; `waiting` lists the group and then the probes.
 
@@ -156,7 +168,7 @@ class Roster:
     """
 
     def __init__(self) -> None:
-        self.group = LaneGroup.of(())
+        self.group = _NOBODY
         self.probes: tuple[Lane, ...] = ()
         self._waiting: Waiting | None = None
 
@@ -167,9 +179,11 @@ class Roster:
     def waiting(self) -> Waiting:
         """All of them: the same object as long as they are the same."""
         if self._waiting is None:
-            probes = np.array([lane.handle for lane in self.probes], np.int64)
-            handles = np.concatenate((self.group.handles, probes))
-            self._waiting = Waiting((*self.group.lanes, *self.probes), handles)
+            lanes, handles = self.group.lanes, self.group.handles
+            if self.probes:
+                probes = np.array([lane.handle for lane in self.probes], np.int64)
+                handles = np.concatenate((handles, probes))
+            self._waiting = Waiting((*lanes, *self.probes), handles)
         return self._waiting
 
     def add(self, group: LaneGroup, probes: Sequence[Lane]) -> None:

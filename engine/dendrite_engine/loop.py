@@ -211,6 +211,8 @@ class StepLoop:
 
     def _begin_group(self, group: LaneGroup, ready: dict[Lane, LogitsRow]) -> LaneGroup:
         """Sample for the lanes whose logits are there; returns those that go on."""
+        if not ready:
+            return group
         places = np.array([i for i, lane in enumerate(group.lanes) if lane in ready], np.int64)
         if not len(places):
             return group

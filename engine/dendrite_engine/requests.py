@@ -81,7 +81,7 @@ def check_params(params: Params, count: int, vocab_size: int) -> list[SamplingPa
     rows = [params] * count if isinstance(params, SamplingParams) else list(params)
     if len(rows) != count:
         raise InvalidArgument(f"{count} branches but {len(rows)} SamplingParams")
-    for row in rows:
+    for row in {id(row): row for row in rows}.values():
         if not isinstance(row, SamplingParams):
             raise InvalidArgument(f"params must be SamplingParams, got {type(row).__name__}")
         named = (*(row.logit_bias or ()), *row.stop_token_ids)

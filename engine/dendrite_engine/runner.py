@@ -23,7 +23,7 @@ class Runner(Protocol):
             device's stream, so it may be used by kernels at once, and read after `synchronize`.
         steps: forward passes so far.
         rows: rows that went through the model so far.
-        graph_steps: passes that were replays of a CUDA graph.
+        graph_steps: passes that were replays of CUDA graphs.
         last_ms: time of the last forward pass whose time is known; never waits.
         host_ms: what launching the last forward pass took on the calling thread.
         logits_epoch: how long the logits of the last `run` stay; None: nothing overwrites them.

@@ -89,7 +89,8 @@ class Scheduler:
         handles = waiting.handles
         pending = core.pending(handles)
         # As an unsigned number the -1 of a stale handle is the largest of all.
-        if len(handles) <= self._max_batch_tokens and pending.view(np.uint32).max() <= 1:
+        fits = len(handles) <= self._max_batch_tokens
+        if fits and not np.count_nonzero(pending.view(np.uint32) > 1):
             self._serve_all(waiting)
             return Selection(None, handles, self._ones[: len(handles)])
         gone = np.flatnonzero(pending < 0)

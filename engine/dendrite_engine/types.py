@@ -123,7 +123,7 @@ class EngineStats:
         step_ms_p50: median time of the last 256 forward passes, in ms (0 before the first).
         step_ms_last: time of the last forward pass whose time is known, in ms.
         jobs_running: jobs that still generate.
-        graph_steps: forward passes that were replays of a captured CUDA graph.
+        graph_steps: forward passes that were replays of captured CUDA graphs.
         host_ms_last: what the engine thread spent on launching the last forward pass, in ms.
     """
 

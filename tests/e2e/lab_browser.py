@@ -141,6 +141,15 @@ class Kernel:
         message: str = self._client.execute(code, store_history=False, allow_stdin=False)
         return message
 
+    def wait_for_output(self, message: str, timeout: float = 60) -> None:
+        """Wait until the cell that `start` began prints something: it runs then. What the page
+        shows may be late, and is gone when the cell has ended.
+        """
+        while True:
+            said = self._client.get_iopub_msg(timeout=timeout)
+            if said["parent_header"].get("msg_id") == message and said["msg_type"] == "stream":
+                return
+
     def finish(self, message: str, timeout: float = 120) -> None:
         """Wait for what `start` began; RuntimeError when it raised."""
         while True:

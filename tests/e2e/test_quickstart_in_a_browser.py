@@ -16,13 +16,18 @@ pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.timeout(600)]
 NOTEBOOK = "00_quickstart.ipynb"
 MINUTE = 60_000
 ANSWER_SECONDS = 0.3  # on top of one decode step
+BUSY_SECONDS = 30  # of a cell at most; it ends earlier, once what it waits for was seen
 BUSY = """
-import time as _time
-busy_from = _time.perf_counter_ns()
-while _time.perf_counter_ns() - busy_from < {seconds} * 10**9:
-    sum(range(1000))
+import os as _os, time as _time
+busy_from = _look = _time.perf_counter_ns()
+print("busy", flush=True)
+while _look - busy_from < {seconds} * 10**9 and not ({done}):
+    _look += 20_000_000
+    while _time.perf_counter_ns() < _look:
+        sum(range(1000))
 busy_to = _time.perf_counter_ns()
 """
+FORKED = "any(e.kind == 'fork' for e in engine.trace.since({seq}))"
 FORKS_SINCE = """[[e.t_ns, e.branch_id] for e in engine.trace.since({seq}) if e.kind == 'fork']"""
 EXTENDED = """[e.branch_id for e in engine.trace.since({seq}) if e.kind == 'extend']"""
 SEARCH_RUNS = """() => [...document.querySelectorAll('.dl-strip')]
@@ -69,6 +74,12 @@ class Desk:
         deadline = time.monotonic() + 60
         while not self.kernel.evaluate(f"bool({condition})"):
             assert time.monotonic() < deadline, f"never became true: {condition}"
+
+    def keep_busy(self, until: str) -> str:
+        """Start a cell that computes until a Python condition holds; returns once it runs."""
+        cell = self.kernel.start(BUSY.format(seconds=BUSY_SECONDS, done=until))
+        self.kernel.wait_for_output(cell)
+        return cell
 
     def allowed_seconds(self) -> float:
         """One decode step, the slowest of late, and the agreed rest."""
@@ -143,14 +154,15 @@ def test_the_outline_shows_the_same_tree_as_text(desk):
 
 @pytest.mark.parametrize("publishing", [False, True], ids=["silent", "publishing"])
 def test_a_click_during_a_busy_cell_is_answered_within_a_step(desk, publishing):
-    """The cell holds the main shell; in the second case it also writes to the same comm."""
+    """The cell holds the main shell until the answer is there, and if that takes half a minute; in
+    the second case it also writes to the same comm.
+    """
     desk.root.scroll_into_view_if_needed()
     desk.key("Home", "1")
     if publishing:
         desk.kernel.finish(desk.kernel.start("explorer.selected = engine.branches[0]"))
     seq = desk.seq()
-    busy = desk.kernel.start(BUSY.format(seconds=4))
-    desk.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=busy]", timeout=10_000)
+    busy = desk.keep_busy(until=FORKED.format(seq=seq))
     clicked = time.perf_counter_ns()
     desk.root.get_by_role("button", name="Fork").click()
     desk.kernel.finish(busy)
@@ -160,7 +172,8 @@ def test_a_click_during_a_busy_cell_is_answered_within_a_step(desk, publishing):
     assert (answered - clicked) / 1e9 < desk.allowed_seconds()
 
 
-def test_a_running_search_is_paused_by_a_click_while_a_cell_is_busy(desk):
+def test_a_running_search_is_paused_by_a_click_while_a_cell_is_busy(desk, tmp_path):
+    seen = tmp_path / "seen"
     panel = desk.page.locator(".widget-button", has_text="Start").first
     panel.scroll_into_view_if_needed()
     panel.click()
@@ -170,13 +183,15 @@ def test_a_running_search_is_paused_by_a_click_while_a_cell_is_busy(desk):
     desk.root.screenshot(path=ARTIFACTS / "explorer-search.png")
     assert desk.kernel.evaluate("panel.handle.state") == "running"
     desk.kernel.finish(desk.kernel.start(STAMP_PAUSE))
-    busy = desk.kernel.start(BUSY.format(seconds=4))
+    busy = desk.keep_busy(until=f"_os.path.exists({str(seen)!r})")
     clicked = time.perf_counter_ns()
     desk.page.locator(".widget-button", has_text="Pause").first.click()
-    desk.page.locator(".widget-button", has_text="Resume").first.wait_for(timeout=3900)
+    desk.page.locator(".widget-button", has_text="Resume").first.wait_for(timeout=20_000)
+    seen.touch()
     desk.kernel.finish(busy)
     assert desk.kernel.evaluate("panel.handle.state") == "paused"
     answered = desk.kernel.evaluate("paused_at_ns")
+    assert desk.kernel.evaluate("busy_from") < clicked
     assert answered < desk.kernel.evaluate("busy_to"), "answered only after the cell had ended"
     assert (answered - clicked) / 1e9 < desk.allowed_seconds()
     desk.page.screenshot(path=ARTIFACTS / "quickstart-search-paused.png")

@@ -178,14 +178,55 @@ def test_a_tile_that_gives_other_bits_is_not_used(monkeypatch):
     assert 256 not in linear.tiles
 
 
-def test_few_rows_of_sixteen_bit_numbers_go_to_the_skinny_kernel():
-    _, half = _linear(torch.bfloat16, deterministic=False, bias=False)
-    _, full = _linear(torch.float32, deterministic=False, bias=False)
-    _, fixed = _linear(torch.bfloat16, deterministic=True, bias=False)
-    assert half.serves_silu_mul(16)
-    assert not half.serves_silu_mul(17)
-    assert not full.serves_silu_mul(1)
-    assert not fixed.serves_silu_mul(1)
+class Recorder(DeviceKernels):
+    """Twins that note which kernel was asked for."""
+
+    def __init__(self, *, has_stream: bool) -> None:
+        super().__init__("twin", "test")
+        self.has_stream, self.asked = has_stream, []
+
+    def stream_linear_serves(self, like):
+        return self.has_stream
+
+    def skinny_linear(self, *arguments):
+        self.asked.append("skinny")
+        super().skinny_linear(*arguments)
+
+    def stream_linear(self, *arguments):
+        self.asked.append("stream")
+        super().stream_linear(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "has_stream", "kernels"),
+    [
+        ((256, 128), True, {1: "skinny", 8: "skinny", 9: "stream", 64: "stream", 65: "torch"}),
+        ((4096, 4096), True, {1: "stream", 64: "stream", 65: "torch"}),
+        ((8192, 4096), True, {1: "stream", 128: "stream", 129: "torch"}),
+        ((256, 128), False, {16: "skinny", 17: "torch"}),
+        ((4096, 4096), False, {8: "skinny", 9: "torch"}),
+        ((4096, 4160), False, {1: "torch"}),
+        ((256, 72), True, {16: "skinny", 17: "torch"}),  # inputs in no whole panels
+        ((252, 128), True, {16: "skinny", 17: "torch"}),
+    ],
+)
+def test_the_matrix_and_the_rows_choose_the_kernel(shape, has_stream, kernels):
+    ops = Recorder(has_stream=has_stream)
+    linear = DeviceLinearFactory(ops, torch.bfloat16)(torch.ones(shape, dtype=torch.bfloat16))
+    for rows, kernel in kernels.items():
+        ops.asked.clear()
+        out = torch.empty(rows, shape[0], dtype=torch.bfloat16)
+        linear(torch.ones(rows, shape[1], dtype=torch.bfloat16), out)
+        assert (ops.asked or ["torch"]) == [kernel], rows
+        assert (out == shape[1]).all()
+        assert linear.serves_silu_mul(rows) == (kernel != "torch")
+
+
+def test_other_types_and_fixed_tiles_go_to_torch():
+    full = DeviceLinearFactory(Recorder(has_stream=True), torch.float32)
+    fixed = DeviceLinearFactory(Recorder(has_stream=True), torch.bfloat16, deterministic=True)
+    for factory, dtype in ((full, torch.float32), (fixed, torch.bfloat16)):
+        assert not factory(torch.ones(256, 128, dtype=dtype)).serves_silu_mul(1)
 
 
 # -- random weights ---------------------------------------------------------------------------

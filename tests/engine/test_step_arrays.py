@@ -188,6 +188,21 @@ def test_a_group_knows_which_parts_of_a_step_concern_which_lane():
     assert (some.with_stop_texts, some.stop_ids, some.with_penalties) == ([], None, [2, 3])
 
 
+def test_the_settings_of_a_group_do_not_depend_on_when_they_are_made():
+    lanes = decoding_lanes(list(range(6)))
+    for made_early in (False, True):
+        first, second = LaneGroup.of(lanes[:4]), LaneGroup.of(lanes[4:])
+        if made_early:
+            assert len(first.settings) == 4
+        some = first.without({lanes[1]}).take(np.array([2, 0])).joined(second)
+        expected = [lanes[3], lanes[0], lanes[4], lanes[5]]
+        assert some.lanes == tuple(expected)
+        assert arrays_of(some.settings) == arrays_of(
+            SamplingRows.of([lane.sampler for lane in expected])
+        )
+    assert len(first.without(set(lanes)).settings) == 0
+
+
 def test_the_roster_sorts_its_group_once_and_keeps_its_list_while_nothing_changes():
     roster = Roster()
     lanes = decoding_lanes(list(range(4)))

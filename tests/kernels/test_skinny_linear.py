@@ -12,7 +12,7 @@ from dendrite_engine.kernels import device_ops
 from dendrite_engine.kernels import device_reference_linear as twin
 
 HALVES = [torch.float16, torch.bfloat16]
-ROWS = [1, 2, 7, 8, 9, 16, 17, 33, 64]
+ROWS = [1, 2, 7, 8, 9, 15, 16]
 # Outputs and inputs: tails in both, fewer inputs than slices, and more outputs than one round.
 SHAPES = [(1, 8), (37, 200), (100, 576), (16, 704), (130, 1032), (515, 72)]
 
@@ -44,7 +44,7 @@ def test_products_are_those_of_the_twin(target: Target, rows, outputs, inputs):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("fp32_out", [False, True])
-@pytest.mark.parametrize("rows", [0, 3, 12, 24, 40])
+@pytest.mark.parametrize("rows", [0, 3, 12])
 def test_bias_and_types(target: Target, rows, dtype, fp32_out):
     x, weight = operands(target, rows, 75, 328, dtype)
     bias = target.randn(75, dtype=dtype, seed=3)
@@ -74,19 +74,19 @@ def test_gating_in_the_product_is_gating_after_it(target: Target, rows, outputs,
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(130, 1032), (515, 72), (50, 200)])
 def test_a_row_has_the_same_bits_beside_any_others(target: Target, outputs, inputs):
-    x, weight = operands(target, 64, outputs, inputs)
-    (whole,) = target.poisoned(1, 64, outputs)
+    x, weight = operands(target, 16, outputs, inputs)
+    (whole,) = target.poisoned(1, 16, outputs)
     target.ops.skinny_linear(x, weight, None, whole)
     for rows in ROWS:
-        for first in {0, 64 - rows}:
+        for first in {0, 16 - rows}:
             (out,) = target.poisoned(1, rows, outputs)
             target.ops.skinny_linear(target.put(x[first : first + rows]), weight, None, out)
             assert same_bits(out, whole[first : first + rows])
 
 
 def test_a_row_of_nan_stays_one_row(target: Target):
-    x, weight = operands(target, 24, 100, 576)
-    for rows in (5, 12, 24):
+    x, weight = operands(target, 12, 100, 576)
+    for rows in (5, 12):
         clean, dirty = target.poisoned(2, rows, 100)
         given = target.put(x[:rows])
         target.ops.skinny_linear(given, weight, None, clean)
@@ -97,43 +97,8 @@ def test_a_row_of_nan_stays_one_row(target: Target):
         assert dirty[3].isnan().all()
 
 
-@pytest.fixture
-def many_multiprocessors(target: Target):
-    """A device large enough that blocks share the inputs; the emulated one can be of any size."""
-    if target.device == "cuda":
-        yield
-        return
-    library = ctypes.CDLL(str(device_ops.load_emulated().path))
-    library.dendrite_emulator_set_device(132, 2)
-    yield
-    library.dendrite_emulator_set_device(4, 2)
-
-
-@pytest.mark.usefixtures("many_multiprocessors")
-@pytest.mark.parametrize("gated", [False, True])
-def test_blocks_that_share_the_inputs_give_the_same_bits(target: Target, gated):
-    rows, outputs, inputs = 40, 264, 1544
-    x, weight = operands(target, rows, outputs, inputs)
-    out, want = target.poisoned(2, rows, outputs // 2 if gated else outputs, dtype=x.dtype)
-    few = target.poisoned(4, 10, out.shape[1], dtype=x.dtype)
-    if gated:
-        target.ops.skinny_linear_silu_mul(x, weight, out)
-        twin.skinny_linear_silu_mul(x, weight, want)
-    else:
-        target.ops.skinny_linear(x, weight, None, out)
-        twin.skinny_linear(x, weight, None, want)
-    assert_close(out, want, scale=4.0 if gated else 1.0)
-    for i, part in enumerate(few):
-        given = target.put(x[10 * i : 10 * i + 10])
-        if gated:
-            target.ops.skinny_linear_silu_mul(given, weight, part)
-        else:
-            target.ops.skinny_linear(given, weight, None, part)
-    assert same_bits(torch.cat(few), out)
-
-
 @pytest.mark.parametrize(("order", "seed"), [(1, 0), (2, 1), (2, 2)])
-@pytest.mark.parametrize("rows", [5, 12, 40])
+@pytest.mark.parametrize("rows", [5, 12])
 def test_the_order_of_threads_does_not_matter(rows, order, seed):
     target = make_target("emulated")
     x, weight = operands(target, rows, 300, 1032)
@@ -155,7 +120,7 @@ def bad_calls(target: Target) -> dict[str, tuple]:
     x, weight, out = randn(4, 64, **half), randn(6, 64, **half), randn(4, 6)
     return {
         "x must be fp16 or bf16": (randn(4, 64), randn(6, 64), None, out),
-        "x must have at most 64 rows, got 65": (randn(65, 64, **half), weight, None, randn(65, 6)),
+        "x must have at most 16 rows, got 17": (randn(17, 64, **half), weight, None, randn(17, 6)),
         "x must have rows of a multiple of 8, got 12": (
             randn(4, 12, **half), randn(6, 12, **half), None, out,
         ),

@@ -13,8 +13,8 @@ constexpr int kCopyUnroll = 4;
 // and a destination, so the order doesn't matter. The grid may have any size: it is chosen when a
 // graph is captured, the number of copies when it is run.
 DENDRITE_KERNEL __launch_bounds__(kCopyThreads) copy_pages_kernel(CopyParams p) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int count = min(p.count[0], p.max_copies);
   const int warps = int(gridDim.x * (blockDim.x / kWarpSize));
   const int first = int((blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize);

@@ -210,7 +210,10 @@ DENDRITE_DEVICE void grid_dependency_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// From here on the next kernel may start; it still waits, in its own call above, for our end.
+// From here on the next kernel may start; it still waits, in its own call above, for our end. Kernels
+// call this first and wait then, so that what the next ones do before their own wait (fetching
+// weights, setting up) runs beside whatever is ahead. Some thread of every kernel has to wait: a
+// kernel counts as ended when its blocks have, and its followers rely on what was ahead of it, too.
 DENDRITE_DEVICE void grid_dependency_launch() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -15,8 +15,8 @@ constexpr int kSiluVector = 16 / int(sizeof(T));
 // id outside the table gives a row of NaN: its branch fails, and no other.
 template <class T>
 DENDRITE_KERNEL __launch_bounds__(kElementThreads) embed_kernel(EmbedParams p, int blocks_per_row) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int row = int(blockIdx.x) / blocks_per_row;
   const int block = int(blockIdx.x) % blocks_per_row;
   const int at = (block * int(blockDim.x) + int(threadIdx.x)) * kEmbedVector;
@@ -44,8 +44,8 @@ template <class T>
 DENDRITE_KERNEL __launch_bounds__(kElementThreads)
     silu_mul_kernel(SiluParams p, int blocks_per_row) {
   constexpr int kVector = kSiluVector<T>;
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int row = int(blockIdx.x) / blocks_per_row;
   const int block = int(blockIdx.x) % blocks_per_row;
   const int at = (block * int(blockDim.x) + int(threadIdx.x)) * kVector;

@@ -34,8 +34,8 @@ DENDRITE_KERNEL __launch_bounds__(kMaxNormThreads) add_rms_norm_kernel(NormParam
     const int at = int(threadIdx.x + i * blockDim.x) * kNormVector;
     if (at < p.width) weights[i] = load_packed<T, kNormVector>(weight + at);
   }
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
 
   const int row = p.rows == nullptr ? int(blockIdx.x) : p.rows[blockIdx.x];
   const bool exists = row >= 0 && row < p.num_residual_rows;

@@ -76,8 +76,8 @@ DENDRITE_KERNEL __launch_bounds__(kRopeThreads) rope_store_kv_kernel(RopeParams 
   const T* norm = static_cast<const T*>(is_query ? p.q_norm : p.k_norm);
   RopePart weight;
   if (norm != nullptr && exists) weight.load(norm + at, half);
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
 
   const int slot = exists ? p.slots[token] : -1;
   const int position = exists ? p.positions[token] : -1;

@@ -1,5 +1,5 @@
-// What both skinny_linear kernels share: which weight rows a lane reads, the multiplication of a
-// chunk of inputs, and the order of the sums.
+// Parts of skinny_linear: which weight rows a lane reads, the multiplication of a chunk of inputs,
+// and the order of the sums.
 //
 // out^T = W x^T by mma_m16n8k16: A is 16 rows of the weight, B is 8 rows of x. A dot product does
 // not care in which order its inputs come, as long as both sides agree: lane (g, t) holds inputs

@@ -220,8 +220,8 @@ template <class T, int kDim, int kWarps, int kTile>
 DENDRITE_KERNEL __launch_bounds__(kWarps * 32)
 tree_attention_kernel(TreeAttentionParams p) {
   DENDRITE_SHARED_MEMORY(char, smem);
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   AttentionWarp<T, kDim, kWarps, kTile> warp(p, smem);
   for (int index = blockIdx.x; index >= 0;) index = warp.run(index);
 }

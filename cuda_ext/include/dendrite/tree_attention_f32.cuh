@@ -151,8 +151,8 @@ class AttentionBlockF32 {
 template <int kDim>
 DENDRITE_KERNEL tree_attention_f32_kernel(TreeAttentionParams p) {
   DENDRITE_SHARED_MEMORY(char, smem);
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   AttentionBlockF32<kDim> block(p, smem);
   for (int index = blockIdx.x; index >= 0;) index = block.run(index);
 }

@@ -504,8 +504,8 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
     take_registers<kGroups == 1 ? 200 : 224>();
     AttentionConsumer<T, kDim, kGroups> consumer(p, shared);
     consumer.begin(segment);
-    grid_dependency_wait();
     grid_dependency_launch();
+    grid_dependency_wait();
     if (segment.count == 0) return;
     for (int index = blockIdx.x;;) {
       index = consumer.run(index, segment);

@@ -1,15 +1,18 @@
-"""Forward passes of padded sizes, captured as CUDA graphs when they are first needed."""
+"""Forward passes of padded sizes, captured as chains of CUDA graphs when they are first needed."""
 
 from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _STEP_ABOVE = 32  # between larger buckets, where a cap above 256 asks for them
+_GROWTH = 3  # of the parts of a chain
+
+Graphs = tuple[torch.cuda.CUDAGraph, ...]
 
 
 class Buckets:
@@ -30,11 +33,27 @@ class Buckets:
         return self._sizes[index] if index < len(self._sizes) else rows
 
 
+def chain_of(layers: int) -> tuple[range, ...]:
+    """The layers of a pass cut into parts, each of which becomes a graph: 1, 3, 9, ..., the rest.
+
+    The host needs more than a microsecond for each kernel of a graph that it launches, and the
+    device begins when the whole graph has been launched. So the first part is small, and the others
+    grow: a part is launched while the device is busy with the one before it. There are no more of
+    them than that takes, since each costs the device a gap.
+    """
+    parts: list[range] = []
+    begin, size = 0, 1
+    while layers - begin >= 2 * size:  # else the rest is a shorter part than the one before it
+        parts.append(range(begin, begin + size))
+        begin, size = begin + size, size * _GROWTH
+    return (*parts, range(begin, layers))
+
+
 class GraphCache:
     """Captured forward passes by (rows, logits rows), sharing one memory pool.
 
-    A pass that can't be captured turns graphs off for good: passes run eagerly from then on, and
-    `reason` says why.
+    A pass is a chain of graphs that are replayed in order, on one stream. A pass that can't be
+    captured turns graphs off for good: passes run eagerly from then on, and `reason` says why.
 
     Attributes:
         is_on: whether passes are captured.
@@ -43,29 +62,30 @@ class GraphCache:
 
     def __init__(self, *, is_on: bool, reason: str) -> None:
         self.is_on, self.reason = is_on, reason
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int], Graphs] = {}
         self._pool = torch.cuda.graph_pool_handle() if is_on else None
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def get(self, key: tuple[int, int]) -> torch.cuda.CUDAGraph | None:
-        """The graph of a size, if it was captured."""
+    def get(self, key: tuple[int, int]) -> Graphs | None:
+        """The graphs of a size in the order in which they run, if it was captured."""
         return self._graphs.get(key)
 
     def clear(self) -> None:
         """Drop all graphs: the buffers they know have moved. The device must be idle."""
         self._graphs.clear()
 
-    def capture(self, key: tuple[int, int], launch: Callable[[], None]) -> None:
-        """Capture what `launch` launches; nothing runs. It must have run once before, eagerly.
+    def capture(self, key: tuple[int, int], launches: Iterable[Callable[[], None]]) -> None:
+        """Capture what each of `launches` launches as a graph; nothing runs. All must have run
+        once before, eagerly.
 
         The current stream must not be the default one.
         """
         if not self.is_on:
             return
         try:
-            self._graphs[key] = self._captured(launch)
+            self._graphs[key] = tuple(self._captured(launch) for launch in launches)
         except Exception as error:  # whatever refuses to be captured
             torch.cuda.current_stream().synchronize()  # a graph may be dropped when it is idle
             self._graphs.clear()

@@ -10,8 +10,8 @@ import torch
 from dendrite_engine.attention.base import Plan
 from dendrite_engine.attention.device_base import (
     HEADER_COPIES,
-    HEADER_INTS,
     HEADER_LOGITS,
+    HEADER_ROWS,
     HEADER_WORK,
     BatchLayout,
     DeviceBatch,
@@ -51,7 +51,6 @@ class _HostBuffer:
     def __init__(self, size: int, on_gpu: bool) -> None:
         self.tensor = torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu)
         self.array: np.ndarray = self.tensor.numpy()
-        self.header = self.array[:HEADER_INTS]
         self._sections: dict[int, _Sections] = {}
         self._sent = torch.cuda.Event() if on_gpu else None
 
@@ -128,10 +127,12 @@ class Metadata:
             to.slots[count:] = -1
         if len(copies):
             to.copies[: copies.size] = copies.reshape(-1)
-        host.header[: HEADER_LOGITS + 1] = (count, len(copies), len(wanted))
+        array = host.array
+        array[HEADER_ROWS], array[HEADER_COPIES] = count, len(copies)
+        array[HEADER_LOGITS] = len(wanted)
         return DeviceBatch(
             plan, rows, count, len(copies), wanted, views.token_ids, views.positions, views.slots,
-            views.logits_rows, views.copies, views.copy_count, views.work, host.array, to.work,
+            views.logits_rows, views.copies, views.copy_count, views.work, array, to.work,
         )  # fmt: skip
 
     def send(self, batch: DeviceBatch, work_ints: int) -> None:
@@ -163,6 +164,9 @@ class Metadata:
 
 def wanted_rows(logits_row: np.ndarray) -> np.ndarray:
     """The distinct rows whose logits are wanted, increasing, i64 [R]."""
+    falls = np.count_nonzero(logits_row[1:] <= logits_row[:-1])
+    if not falls and len(logits_row) and logits_row[0] >= 0:
+        return logits_row.astype(np.int64)  # as in most steps
     wanted = logits_row[logits_row >= 0].astype(np.int64)
     if len(wanted) > 1 and (wanted[1:] <= wanted[:-1]).any():
         wanted = np.unique(wanted)

@@ -1,4 +1,4 @@
-"""The runner of the device path: metadata, one transfer, one graph launch, and no waiting."""
+"""The runner of the device path: metadata, one transfer, a few graph launches, and no waiting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from dendrite_engine.attention.base import Plan
 from dendrite_engine.attention.device_base import DeviceAttention, DeviceBatch
 from dendrite_engine.cache.pages import KVPages
-from dendrite_engine.device.graphs import Buckets, GraphCache
+from dendrite_engine.device.graphs import Buckets, GraphCache, chain_of
 from dendrite_engine.device.metadata import Metadata
 from dendrite_engine.device.timer import StepTimer
 from dendrite_engine.errors import DeviceError
@@ -74,6 +75,7 @@ class DeviceRunner:
         self.failure: DeviceError | None = None
         self._note_graphs = note_graphs
         self._kv = state.pages.layers()
+        self._chain = chain_of(len(self._kv))
         self._stream = state.pages.stream
         self._timer = StepTimer(self._stream is not None)
         self._bound_thread = 0
@@ -96,9 +98,9 @@ class DeviceRunner:
         started = time.perf_counter()
         try:
             self._bind_thread()
-            self._timer.poll()
             with torch.inference_mode():
                 result = self._run(plan)
+            self._timer.poll()
         except Exception as error:
             raise self.diagnose(error) from error
         self.steps += 1
@@ -192,20 +194,33 @@ class DeviceRunner:
     def _run_graph(self, batch: DeviceBatch, logits: torch.Tensor, logits_rows: int) -> None:
         key = (batch.rows, logits_rows)
         graphs = self.state.graphs
-        graph = graphs.get(key)
-        if graph is not None:
-            graph.replay()
+        chain = graphs.get(key)
+        if chain is not None:
+            for graph in chain:
+                graph.replay()
             self.graph_steps += 1
             return
         self._forward(batch, logits, with_copies=True)
-        graphs.capture(key, lambda: self._forward(batch, logits, with_copies=True))
+        graphs.capture(key, [partial(self._run_part, batch, logits, part) for part in self._chain])
         self._note_graphs(graphs.reason)
 
-    def _forward(self, batch: DeviceBatch, logits: torch.Tensor, *, with_copies: bool) -> None:
+    def _run_part(self, batch: DeviceBatch, logits: torch.Tensor, part: range) -> None:
+        self._forward(batch, logits, with_copies=part.start == 0, part=part)
+
+    def _forward(
+        self,
+        batch: DeviceBatch,
+        logits: torch.Tensor,
+        *,
+        with_copies: bool,
+        part: range | None = None,
+    ) -> None:
         state = self.state
         if with_copies:
             state.ops.copy_pages(state.pages.k, state.pages.v, batch.copies, batch.copy_count)
-        state.model.forward(batch, self._kv, state.attention, state.ops, state.activations, logits)
+        state.model.forward(
+            batch, self._kv, state.attention, state.ops, state.activations, logits, part
+        )
 
 
 def _logits_rows(wanted: int, rows: int) -> int:

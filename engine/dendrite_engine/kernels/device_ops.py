@@ -73,6 +73,17 @@ OPS: dict[str, Op] = {
         "device_reference_linear:skinny_linear_silu_mul",
         "(Tensor x, Tensor weight, Tensor(a!) out) -> ()",
     ),
+    "stream_linear": Op(
+        "device_reference_linear:stream_linear",
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, int groups=0, int splits=0) -> ()",
+    ),
+    "stream_linear_silu_mul": Op(
+        "device_reference_linear:stream_linear_silu_mul",
+        "(Tensor x, Tensor weight, Tensor(a!) out, int groups=0, int splits=0) -> ()",
+    ),
+    "stream_linear_serves": Op(
+        "device_reference_linear:stream_linear_serves", "(Tensor like) -> bool"
+    ),
     "sample": Op(
         "device_reference_sampling:sample",
         "(Tensor logits, Tensor params, Tensor(a!) workspace, Tensor(b!) out,"
@@ -209,6 +220,9 @@ class DeviceKernels:
         self._tree_attention_workers = operations["tree_attention_workers"]
         self._skinny_linear = operations["skinny_linear"]
         self._skinny_linear_silu_mul = operations["skinny_linear_silu_mul"]
+        self._stream_linear = operations["stream_linear"]
+        self._stream_linear_silu_mul = operations["stream_linear_silu_mul"]
+        self._stream_linear_serves = operations["stream_linear_serves"]
         self._sample = operations["sample"]
         self._top_logprobs = operations["top_logprobs"]
 
@@ -270,6 +284,24 @@ class DeviceKernels:
     ) -> None:
         """See `device_reference_linear.skinny_linear_silu_mul`."""
         self._skinny_linear_silu_mul(x, weight, out)
+
+    def stream_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+        groups: int = 0, splits: int = 0,
+    ) -> None:  # fmt: skip
+        """See `device_reference_linear.stream_linear`."""
+        self._stream_linear(x, weight, bias, out, groups, splits)
+
+    def stream_linear_silu_mul(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, groups: int = 0,
+        splits: int = 0,
+    ) -> None:  # fmt: skip
+        """See `device_reference_linear.stream_linear_silu_mul`."""
+        self._stream_linear_silu_mul(x, weight, out, groups, splits)
+
+    def stream_linear_serves(self, like: torch.Tensor) -> bool:
+        """See `device_reference_linear.stream_linear_serves`."""
+        return bool(self._stream_linear_serves(like))
 
     def sample(
         self, logits: torch.Tensor, params: torch.Tensor, workspace: torch.Tensor,

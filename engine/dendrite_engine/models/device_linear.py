@@ -1,8 +1,9 @@
 """Matrix products on the device, into buffers that were allocated before.
 
-A few rows of 16-bit numbers times a small matrix go to the engine's own kernel, which fetches its
-weights while the kernels ahead of it still run; the rest goes to cuBLAS. Which of the two runs is a
-function of the matrix and the number of rows.
+A few rows of 16-bit numbers go to the engine's own kernels, which fetch weights while the kernels
+ahead of them still run: skinny_linear for small matrices, stream_linear (on Hopper) for the others
+and for more rows. The rest goes to cuBLAS. Which of them runs is a function of the matrix and the
+number of rows.
 
 cuBLAS picks its kernel, and with it the order in which the products of a row are added up, by the
 number of rows. At a fixed number of rows a row's bits depend neither on its place nor on the other
@@ -19,10 +20,14 @@ from typing import Any
 import torch
 
 DEVICE_DETERMINISTIC_TILE = 64
-# (rows, numbers in the matrix) up to which the engine's own kernel wins on an H100, measured by
-# benchmarks/gpu/skinny_linear_check.py; larger matrices run at memory speed either way.
-SKINNY_LIMITS = ((8, 1 << 24), (16, 1 << 23))
+# Where the engine's own kernels win on an H100, measured by benchmarks/gpu/skinny_linear_check.py
+# and stream_linear_times.py: skinny_linear up to so many rows and numbers in the matrix,
+# stream_linear up to so many rows where the matrix has at least so many numbers.
+SKINNY_LIMITS = ((8, 1 << 23),)
+SKINNY_LIMITS_WITHOUT_STREAM = ((8, 1 << 24), (16, 1 << 23))
+STREAM_LIMITS = ((64, 0), (128, 1 << 25))
 _SKINNY_INPUTS = 8  # it wants a multiple of this many inputs
+_STREAM_INPUTS, _STREAM_OUTPUTS = 64, 8
 _TILES = (2048, 1024, 512, 256, 128)  # candidates, largest first
 _PROBE_BYTES = 256 << 20  # of one probe's output
 
@@ -41,20 +46,16 @@ class DeviceLinear:
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         *,
-        skinny: Any = None,
+        ops: Any = None,
         deterministic: bool = False,
     ) -> None:
         self.weight, self.bias = weight.contiguous(), bias
         self.tiles: tuple[int, ...] = (DEVICE_DETERMINISTIC_TILE,) if deterministic else ()
         self._transposed = self.weight.t()
-        fits = weight.shape[1] % _SKINNY_INPUTS == 0
-        self._skinny: Any = None if deterministic or not fits else skinny
-        self._skinny_rows = max(
-            (rows for rows, numbers in SKINNY_LIMITS if weight.numel() <= numbers), default=0
-        )
-
-    def _is_skinny(self, rows: int) -> bool:
-        return self._skinny is not None and rows <= self._skinny_rows
+        self._ops: Any = None if deterministic else ops
+        self._skinny_rows, self._stream_rows = 0, 0
+        if self._ops is not None:
+            self._skinny_rows, self._stream_rows = _rows_of_kernels(self.weight, self._ops)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Multiply all rows.
@@ -65,16 +66,30 @@ class DeviceLinear:
             out: [rows, out_features], compute dtype or fp32.
         """
         rows = x.shape[0]
-        if self._is_skinny(rows):
-            self._skinny(x, self.weight, self.bias, out)
+        if rows <= self._skinny_rows:
+            self._ops.skinny_linear(x, self.weight, self.bias, out)
+        elif rows <= self._stream_rows:
+            self._ops.stream_linear(x, self.weight, self.bias, out)
         elif not self.tiles or rows == self.tiles[-1]:
             self._multiply(x, out)
         else:
             self._multiply_tiles(x, out)
 
     def serves_silu_mul(self, rows: int) -> bool:
-        """Whether so many rows can be multiplied and gated by one kernel."""
-        return self.bias is None and self._is_skinny(rows)
+        """Whether `silu_mul` takes so many rows."""
+        return self.bias is None and rows <= max(self._skinny_rows, self._stream_rows)
+
+    def silu_mul(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Multiply and gate in one kernel; the weight holds the gates, then the ups.
+
+        Args:
+            x: compute dtype [rows, in_features], contiguous.
+            out: compute dtype [rows, out_features / 2].
+        """
+        if x.shape[0] <= self._skinny_rows:
+            self._ops.skinny_linear_silu_mul(x, self.weight, out)
+        else:
+            self._ops.stream_linear_silu_mul(x, self.weight, out)
 
     def _multiply_tiles(self, x: torch.Tensor, out: torch.Tensor) -> None:
         begin, rows = 0, x.shape[0]
@@ -118,6 +133,20 @@ class DeviceLinear:
         return self.tiles
 
 
+def _rows_of_kernels(weight: torch.Tensor, ops: Any) -> tuple[int, int]:
+    """Rows up to which skinny_linear and stream_linear serve a weight, 0: not at all."""
+    outputs, inputs = weight.shape
+    numbers = weight.numel()
+    stream = 0
+    if inputs % _STREAM_INPUTS == outputs % _STREAM_OUTPUTS == 0 and ops.stream_linear_serves(
+        weight.view(-1)
+    ):
+        stream = max((rows for rows, least in STREAM_LIMITS if numbers >= least), default=0)
+    limits = SKINNY_LIMITS if stream else SKINNY_LIMITS_WITHOUT_STREAM
+    skinny = max((rows for rows, most in limits if numbers <= most), default=0)
+    return (0 if inputs % _SKINNY_INPUTS else skinny), stream
+
+
 def _random_rows(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator(like.device)
     generator.manual_seed(rows * width)
@@ -148,20 +177,20 @@ class DeviceLinearFactory:
     def __init__(self, ops: Any, dtype: torch.dtype, *, deterministic: bool = False) -> None:
         self.deterministic = deterministic
         serves = not deterministic and dtype != torch.float32
-        self._skinny = getattr(ops, "skinny_linear", None) if serves else None
+        self._ops = ops if serves else None
         self._made: list[DeviceLinear] = []
         self.reason = self._plain_reason()
 
     def _plain_reason(self) -> str:
         if self.deterministic:
             return f"tiles of {DEVICE_DETERMINISTIC_TILE} rows"
-        if self._skinny is None:
+        if self._ops is None:
             return "torch.mm"
-        return "skinny_linear for few rows and small matrices, torch.mm for the rest"
+        return "skinny_linear and stream_linear for few rows, torch.mm for the rest"
 
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DeviceLinear:
         """Linear of `weight` [out, in] and `bias` [out] or None."""
-        linear = DeviceLinear(weight, bias, skinny=self._skinny, deterministic=self.deterministic)
+        linear = DeviceLinear(weight, bias, ops=self._ops, deterministic=self.deterministic)
         self._made.append(linear)
         return linear
 

@@ -118,6 +118,7 @@ class DeviceTransformer:
         ops: Any,
         activations: Activations,
         logits: torch.Tensor,
+        part: range | None = None,
     ) -> None:
         """Store the batch's K/V and write the logits of `batch.logits_rows[:wanted]`.
 
@@ -129,40 +130,61 @@ class DeviceTransformer:
             activations: buffers of at least batch.rows rows.
             logits: fp32 [gemm_rows(wanted), vocab], written; with no rows nothing is computed
                 after the last layer.
+            part: layers to run, at least one; None: all. A pass may be cut into parts that are run
+                in order: the one with the first layer embeds, the one with the last writes the
+                logits, and what one leaves to the next lies in `activations`.
         """
-        config, eps = self.config, self.config.rms_eps
+        part = range(len(self.layers)) if part is None else part
         a = activations.rows(batch.rows)
         gemm_rows = self.gemm_rows(batch.rows)
         g = a if gemm_rows == batch.rows else activations.rows(gemm_rows)
-        ops.embed(batch.token_ids, self.embedding, a.residual)
-        update: torch.Tensor | None = None
-        for layer, (k_pages, v_pages) in zip(self.layers, kv, strict=True):
-            ops.add_rms_norm(update, a.residual, layer.input_norm, eps, a.normed, None)
-            layer.qkv(g.normed, g.qkv)
-            ops.rope_store_kv(
-                a.qkv, batch.positions, self._cos, self._sin, batch.slots, k_pages, v_pages, a.q,
-                layer.q_norm, layer.k_norm, eps,
-            )  # fmt: skip
-            attention.attend(
-                a.q, k_pages, v_pages, batch, a.attended, scale=config.scale, window=layer.window
-            )
-            layer.out(g.attended_flat, g.update)
-            update = a.update
-            ops.add_rms_norm(update, a.residual, layer.post_norm, eps, a.normed, None)
-            if layer.gate_up.serves_silu_mul(gemm_rows):
-                ops.skinny_linear_silu_mul(g.normed, layer.gate_up.weight, g.gated)
-            else:
-                layer.gate_up(g.normed, g.gate_up)
-                ops.silu_mul(a.gate_up, a.gated)
-            layer.down(g.gated, g.update)
-        if logits.shape[0]:
-            self._write_logits(batch, activations, update, a, logits, ops)
+        if part.start == 0:
+            ops.embed(batch.token_ids, self.embedding, a.residual)
+        for index in part:
+            self._run_layer(index, batch, kv[index], attention, ops, a, g)
+        if part.stop == len(self.layers) and logits.shape[0]:
+            self._write_logits(batch, activations, a, logits, ops)
+
+    def _run_layer(
+        self,
+        index: int,
+        batch: DeviceBatch,
+        pages: tuple[torch.Tensor, torch.Tensor],
+        attention: DeviceAttention,
+        ops: Any,
+        a: Rows,
+        g: Rows,
+    ) -> None:
+        """One block; it leaves its last product in `update`, which what follows adds.
+
+        Args:
+            a, g: the rows of the batch, and those that products run over.
+        """
+        config, eps = self.config, self.config.rms_eps
+        layer, (k_pages, v_pages) = self.layers[index], pages
+        update = a.update if index else None
+        ops.add_rms_norm(update, a.residual, layer.input_norm, eps, a.normed, None)
+        layer.qkv(g.normed, g.qkv)
+        ops.rope_store_kv(
+            a.qkv, batch.positions, self._cos, self._sin, batch.slots, k_pages, v_pages, a.q,
+            layer.q_norm, layer.k_norm, eps,
+        )  # fmt: skip
+        attention.attend(
+            a.q, k_pages, v_pages, batch, a.attended, scale=config.scale, window=layer.window
+        )
+        layer.out(g.attended_flat, g.update)
+        ops.add_rms_norm(a.update, a.residual, layer.post_norm, eps, a.normed, None)
+        if layer.gate_up.serves_silu_mul(g.normed.shape[0]):
+            layer.gate_up.silu_mul(g.normed, g.gated)
+        else:
+            layer.gate_up(g.normed, g.gate_up)
+            ops.silu_mul(a.gate_up, a.gated)
+        layer.down(g.gated, g.update)
 
     def _write_logits(
         self,
         batch: DeviceBatch,
         activations: Activations,
-        update: torch.Tensor | None,
         a: Rows,
         logits: torch.Tensor,
         ops: Any,
@@ -170,5 +192,5 @@ class DeviceTransformer:
         rows = batch.logits_rows[: logits.shape[0]]
         normed = activations.rows(logits.shape[0]).normed
         eps = self.config.rms_eps
-        ops.add_rms_norm(update, a.residual, self.final_norm, eps, normed[: rows.shape[0]], rows)
+        ops.add_rms_norm(a.update, a.residual, self.final_norm, eps, normed[: rows.shape[0]], rows)
         self.lm_head(normed, logits)

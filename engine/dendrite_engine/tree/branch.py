@@ -114,7 +114,8 @@ class Branch:
         held = self.num_tokens
         if not isinstance(at, int) or isinstance(at, bool) or not 1 <= at <= held:
             raise InvalidArgument(f"fork: at must be a position in 1..{held}, got {at!r}")
-        return [self._adopt(self._core.fork_at(self._handle, at)) for _ in range(n)]
+        logits = self._logits if at == held else None
+        return [self._adopt(self._core.fork_at(self._handle, at), logits) for _ in range(n)]
 
     def extend(
         self, tokens: str | Sequence[int], logprobs: Sequence[float] | None = None
@@ -338,15 +339,16 @@ class Branch:
         )
         return child
 
-    def _adopt(self, handle: int) -> Branch:
-        """Wrap a core handle that was forked inside this branch."""
+    def _adopt(self, handle: int, logits: LogitsRow | None) -> Branch:
+        """Wrap a core handle that was forked inside this branch, or at its end with its logits."""
         child = Branch(self.engine, handle, parent=self)
         child._ordinal = self._num_forks
         self.engine._register(child)
         self._num_forks += 1
-        if child.fork_position == self.num_tokens:
-            child._logits = self._logits
-        self._children = {**(self._children or {}), child.id: child}
+        child._logits = logits
+        if self._children is None:
+            self._children = {}
+        self._children[child.id] = child
         data = {"parent": self.id, "position": child.fork_position}
         self.engine.trace.append("fork", child.id, data)
         return child
