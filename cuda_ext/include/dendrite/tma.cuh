@@ -16,8 +16,7 @@ using SharedAddress = uint32_t;
 constexpr int kMbarrierBytes = 8;
 
 DENDRITE_DEVICE void mbarrier_init(SharedAddress barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier),
-               "r"(arrivals)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
                : "memory");
 }
 // After the last init and before the block's barrier.
@@ -30,8 +29,7 @@ DENDRITE_DEVICE void mbarrier_arrive(SharedAddress barrier) {
 }
 // Arrives; the phase ends when so many bytes have been copied too.
 DENDRITE_DEVICE void mbarrier_arrive_and_expect(SharedAddress barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   barrier),
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                "r"(bytes)
                : "memory");
 }
@@ -39,8 +37,7 @@ DENDRITE_DEVICE void mbarrier_arrive_and_expect(SharedAddress barrier, int bytes
 DENDRITE_DEVICE void mbarrier_wait(SharedAddress barrier, int parity) {
   asm volatile(
       "{ .reg .pred done; again: "
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
-          barrier),
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
@@ -69,8 +66,8 @@ DENDRITE_DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
 }
 
 // The box of `map` (in constant kernel parameters) that starts at (x, y, z).
-DENDRITE_DEVICE void load_box(SharedAddress smem, const CUtensorMap* map, SharedAddress barrier, int x, int y,
-                              int z) {
+DENDRITE_DEVICE void load_box(SharedAddress smem, const CUtensorMap* map, SharedAddress barrier,
+                              int x, int y, int z) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem),
