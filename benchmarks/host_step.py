@@ -81,8 +81,9 @@ class FakeRunner:
         self._clock = clock
         self._logits = torch.zeros(1024, 4)
 
-    def run(self, plan: Any) -> tuple[torch.Tensor, np.ndarray]:
+    def run(self, plan: Any, drawn: Any = None) -> tuple[torch.Tensor, np.ndarray]:
         """The rows of a plan, in no time."""
+        del drawn
         self._clock.launched.append(time.perf_counter())
         wanted = plan.logits_row
         distinct = np.unique(wanted[wanted >= 0])

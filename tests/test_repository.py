@@ -28,6 +28,7 @@ LAYERS = (
     ("device",),
     ("scheduler", "jobs"),
     ("lanes",),
+    ("ahead",),
     ("decoding", "forward"),
     ("loop",),
     ("build", "requests"),

@@ -239,6 +239,9 @@ void bind_reading(nb::class_<PyCore>& cls) {
       .def_prop_ro("page_size", [](PyCore& s) { return s.core->page_size(); }, "Tokens in a page.")
       .def("num_tokens", [](PyCore& s, int64_t b) { return s.core->num_tokens(b); }, "branch"_a,
            docs::kNumTokens)
+      .def("peek_free",
+           [](PyCore& s, int64_t n) { return to_numpy(s.core->peek_free(n)); }, "n"_a,
+           docs::kPeekFree)
       .def("num_computed", [](PyCore& s, int64_t b) { return s.core->num_computed(b); },
            "branch"_a, docs::kNumComputed)
       .def("tokens",

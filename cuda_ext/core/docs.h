@@ -60,6 +60,9 @@ inline constexpr const char* kPageState =
 inline constexpr const char* kEvict =
     "Free up to `n` cached pages, least recently used first, leaves before what they hang below;\n"
     "returns how many. A live page is never taken.";
+inline constexpr const char* kPeekFree =
+    "The up to `n` free pages that will be taken next, in this order, i32. No side effect; whoever\n"
+    "takes a page changes it. Cached pages are not among them.";
 inline constexpr const char* kMatchPrefix =
     "Tokens of the prompt that `create` would find in the cache now. No side effect.";
 inline constexpr const char* kStats = "Counters and gauges by name. O(segments + pages).";

@@ -1,5 +1,6 @@
 #include "tree_core.h"
 
+#include <algorithm>
 #include <bit>
 #include <limits>
 #include <utility>
@@ -279,6 +280,16 @@ int64_t TreeCore::evict(int64_t count) {
   int64_t done = 0;
   for (; done < count && tree_.index.num_cached() > 0; ++done) tree_.index.evict_one();
   return done;
+}
+
+std::vector<int32_t> TreeCore::peek_free(int64_t count) const {
+  Lock lock(mutex_);
+  if (count < 0) {
+    throw InvalidArgumentError("n must be at least 0 (free pages), got " + std::to_string(count));
+  }
+  const std::vector<int32_t>& free = tree_.pool.free_list();
+  const auto most = static_cast<int64_t>(free.size());
+  return {free.rbegin(), free.rbegin() + std::min(count, most)};
 }
 
 int32_t TreeCore::match_prefix(const int32_t* tokens, size_t count,

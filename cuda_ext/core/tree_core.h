@@ -94,6 +94,7 @@ class TreeCore {
   std::vector<int32_t> page_refs() const;
   std::vector<uint8_t> page_state() const;
   int64_t evict(int64_t count);
+  std::vector<int32_t> peek_free(int64_t count) const;
   int32_t match_prefix(const int32_t* tokens, size_t count, const std::string& name) const;
   std::vector<std::pair<const char*, int64_t>> stats() const;
   std::map<int32_t, int32_t> refcount_histogram() const;

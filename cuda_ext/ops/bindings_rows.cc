@@ -8,6 +8,14 @@
 namespace dendrite {
 namespace {
 
+void take_tokens(const Tensor& token_ids, const Tensor& drawn) {
+  Call call("take_tokens");
+  const Argument ids = call.ints("token_ids", token_ids, {kAny});
+  const Argument tokens = call.ints("drawn", drawn, {kAny});
+  launch_take_tokens({ids.as<int32_t>(), tokens.as<int32_t>(), ids.size(0), tokens.size(0)},
+                     call.stream());
+}
+
 void embed(const Tensor& token_ids, const Tensor& table, const Tensor& residual) {
   Call call("embed");
   const Argument out = call.floats("residual", residual, {kAny, kAny}, Dtype::kF32);
@@ -124,6 +132,7 @@ void copy_pages(const Tensor& k_all, const Tensor& v_all, const Tensor& copies,
 }  // namespace dendrite
 
 DENDRITE_OPS(m) {
+  m.impl("take_tokens", TORCH_BOX(&dendrite::take_tokens));
   m.impl("embed", TORCH_BOX(&dendrite::embed));
   m.impl("add_rms_norm", TORCH_BOX(&dendrite::add_rms_norm));
   m.impl("rope_store_kv", TORCH_BOX(&dendrite::rope_store_kv));

@@ -1,4 +1,5 @@
 #include "dendrite/elementwise.cuh"
+#include "dendrite/take_tokens.cuh"
 #include "elementwise.h"
 #include "launch.h"
 
@@ -19,6 +20,12 @@ void launch_embed(const EmbedParams& params, Dtype dtype, cudaStream_t stream) {
     launch_kernel(embed_kernel<decltype(type)>, dim3(unsigned(params.rows) * blocks),
                   dim3(kElementThreads), 0, stream, true, params, blocks);
   });
+}
+
+void launch_take_tokens(const TakeParams& params, cudaStream_t stream) {
+  if (params.rows == 0) return;
+  launch_kernel(take_tokens_kernel, dim3((params.rows + kTakeThreads - 1) / kTakeThreads),
+                dim3(kTakeThreads), 0, stream, true, params);
 }
 
 void launch_silu_mul(const SiluParams& params, Dtype dtype, cudaStream_t stream) {

@@ -149,6 +149,11 @@ class Decoder:
         tokens = self._sampler.begin(logits, rows, group.settings, held)
         return Launch(group, held, tokens, top)
 
+    def going_on(self, launch: Launch) -> np.ndarray:
+        """Which lanes need another token after this one, unless the token itself ends them."""
+        goes_on: np.ndarray = (launch.group.left > 1) & (launch.held < self._max_context - 1)
+        return goes_on
+
     def draw(self, launch: Launch) -> Drawn:
         """Wait for the tokens, append them and decide which lanes have ended.
 

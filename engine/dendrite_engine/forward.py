@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dendrite_engine.ahead import AheadPlan, foresee, pages_needed
+from dendrite_engine.attention.base import Plan
 from dendrite_engine.cache.pages import PageGuard
 from dendrite_engine.errors import StaleBranch
 from dendrite_engine.runner import Runner
@@ -28,12 +30,29 @@ class Flight:
         logits: fp32 [R, vocab]; a later forward pass may overwrite them.
         rows: row of each lane in logits, i64 [n]; -1: it needs more forward passes.
         held: tokens that each branch held when it was planned, i32 [n]; only where it has a row.
+        plan: what it computes, closed.
     """
 
     chosen: np.ndarray | None
     logits: torch.Tensor
     rows: np.ndarray
     held: np.ndarray
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A forward pass that was launched before the tokens that it computes were known.
+
+    Attributes:
+        plan: what was foreseen.
+        logits: fp32 [R, vocab].
+        rows: row in logits of each branch of the step before, i64 [n]; -1: it was not to go on.
+    """
+
+    plan: AheadPlan
+    logits: torch.Tensor
+    rows: np.ndarray
 
 
 class ForwardPass:
@@ -42,6 +61,7 @@ class ForwardPass:
     Attributes:
         is_async: a pass is launched, not done, when `launch` returns.
         step_ms: times of the last passes, in ms.
+        num_ahead, num_in_vain: passes launched ahead, and those of them that nobody asked for.
     """
 
     def __init__(self, core: Any, runner: Runner, trace: Trace, guard: PageGuard | None) -> None:
@@ -49,6 +69,7 @@ class ForwardPass:
         self._trace, self._guard = trace, guard
         self.is_async = runner.is_async
         self.step_ms: deque[float] = deque(maxlen=256)
+        self.num_ahead = self.num_in_vain = 0
 
     def launch(self, selection: Selection) -> Flight | None:
         """Start the pass over these lanes; None when one of them was pruned this moment."""
@@ -71,9 +92,60 @@ class ForwardPass:
         held = plan.positions.take(plan.logits_row) + 1
         plan.commit()  # what is launched later reads the pages after they were written
         self._guard_after()
+        self._note_time()
+        return Flight(selection.chosen, logits, rows, held, plan)
+
+    def launch_ahead(
+        self, flight: Flight, goes_on: np.ndarray, order: np.ndarray | None, drawn: torch.Tensor
+    ) -> Ahead | None:
+        """Start the pass behind a flight before its tokens are known; None where that can't be.
+
+        Args:
+            flight: it computes one token of each branch, and all of them get logits.
+            goes_on: which branches compute another one, in the order of `drawn`, bool [n].
+            order: places in the flight of the branches in the order of `drawn`; None: the same.
+            drawn: their tokens, on the device, i32 [n].
+        """
+        if self._guard is not None:  # it would find K and V that no plan wrote
+            return None
+        plan = flight.plan
+        of_branch = plan.logits_row if order is None else plan.logits_row[order]
+        need = pages_needed(plan, of_branch[goes_on], self._core.page_size)
+        free = self._core.peek_free(need)
+        if len(free) < need:
+            return None
+        foreseen = foresee(plan, of_branch, goes_on, free, self._core.page_size)
+        if foreseen is None:
+            return None
+        logits, rows = self._runner.run(foreseen, drawn)
+        self.num_ahead += 1
+        self._note_time()
+        every = np.full(len(goes_on), -1, np.int64)
+        every[goes_on] = rows
+        return Ahead(foreseen, logits, every)
+
+    def settle(self, ahead: Ahead, selection: Selection, places: np.ndarray) -> Flight | None:
+        """The pass that was launched ahead, as the flight of these lanes; None: it is of no use.
+
+        Args:
+            ahead: the pass.
+            selection: all lanes that wait, with one token each.
+            places: of the lanes among the branches of the step before, i64 [n].
+        """
+        try:
+            plan = self._core.plan(selection.handles, selection.quotas)
+        except StaleBranch:
+            return None
+        if not ahead.plan.agrees(plan, places):
+            plan.cancel()
+            return None
+        held = plan.positions.take(plan.logits_row) + 1
+        plan.commit()
+        return Flight(None, ahead.logits, ahead.rows[places], held, plan)
+
+    def _note_time(self) -> None:
         if last_ms := self._runner.last_ms:  # of a device: of the pass before, 0 before the first
             self.step_ms.append(last_ms)
-        return Flight(selection.chosen, logits, rows, held)
 
     @property
     def median_ms(self) -> float:

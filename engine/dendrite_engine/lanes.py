@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from dendrite_engine.models.tokenizer import StreamDecoder
 from dendrite_engine.sampling import SamplerState, SamplingRows
 from dendrite_engine.sampling_params import SamplingParams
 from dendrite_engine.scheduler import Lane, Waiting
+from dendrite_engine.tree.branch import Branch
 
 _ENDS_ON_EOS, _STOP_IDS, _STOP_TEXTS, _PENALTIES, _TOP = 1, 2, 4, 8, 16
 
@@ -159,6 +161,22 @@ class LaneGroup:
 _NOBODY = LaneGroup.of(())  # groups without lanes are all alike
 
 
+class KeptLogits:
+    """Branches that keep logits between jobs: the last so many; older ones recompute one row."""
+
+    def __init__(self, limit: int = 256) -> None:
+        self._limit = limit
+        self._branches: deque[Branch] = deque()
+
+    def add(self, branch: Branch) -> None:
+        """`branch` has logits to keep."""
+        self._branches.append(branch)
+        if len(self._branches) > self._limit:
+            old = self._branches.popleft()
+            if old not in self._branches and not old._busy:
+                old._logits = None
+
+
 class Roster:
     """The lanes that need a forward pass; `waiting` lists the group and then the probes.
 
@@ -199,6 +217,13 @@ class Roster:
         self.group = self.group.without(gone)
         self.probes = tuple(lane for lane in self.probes if lane not in gone)
         self._waiting = None
+
+    def places_in(self, group: LaneGroup) -> np.ndarray:
+        """Places of the group's lanes in an earlier group that had all of them, i64 [n]."""
+        if self.group.lanes is group.lanes:
+            return np.arange(len(group))
+        places = {lane: place for place, lane in enumerate(group.lanes)}
+        return np.array([places[lane] for lane in self.group.lanes], np.int64)
 
     def order_by(self, rows: np.ndarray) -> np.ndarray | None:
         """Sort the group by its rows of logits, so that logits can be read as they are from then

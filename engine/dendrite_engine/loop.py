@@ -15,16 +15,14 @@ import numpy as np
 from dendrite_engine.cache.pages import PageGuard
 from dendrite_engine.decoding import Decoder, Launch
 from dendrite_engine.errors import EngineClosed, StaleBranch
-from dendrite_engine.forward import Flight, ForwardPass, gather_rows
+from dendrite_engine.forward import Ahead, Flight, ForwardPass, gather_rows
 from dendrite_engine.jobs import Job
-from dendrite_engine.lanes import DecodingLane, LaneGroup, Roster
+from dendrite_engine.lanes import DecodingLane, KeptLogits, LaneGroup, Roster
 from dendrite_engine.runner import Runner
 from dendrite_engine.scheduler import Lane, Scheduler
 from dendrite_engine.trace import Trace
-from dendrite_engine.tree.branch import Branch, LogitsRow
+from dendrite_engine.tree.branch import LogitsRow
 from dendrite_engine.types import FinishReason
-
-_KEPT_LOGITS = 256  # branches that keep logits between jobs; older ones recompute one row
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +33,15 @@ class _Step:
         launch: tokens of the decoding lanes that it finishes; None when there are none.
         places: places of these lanes in the group, i64 [n]; None for the whole group.
         probes: finished lanes that only want logits: (lane, row in logits, tokens held).
+        flight: the pass, where it computed one token of every waiting lane.
+        order: places in the flight of the lanes in the group's order; None: the same.
     """
 
     launch: Launch | None
     places: np.ndarray | None
     probes: Sequence[tuple[Lane, LogitsRow]]
+    flight: Flight | None = None
+    order: np.ndarray | None = None
 
 
 class StepLoop:
@@ -50,7 +52,8 @@ class StepLoop:
 
     With a runner that returns before the device is done (`is_async`) a step is: launch the forward
     pass and the sampling behind it, report the tokens of the step before, wait for the new ones,
-    append them. So nothing but appending, choosing and planning lies between two forward passes.
+    append them. Where every waiting lane computes one token, the next pass is launched before they
+    are known (see ahead.py), and what arrives meanwhile waits for it too.
     """
 
     def __init__(
@@ -69,8 +72,9 @@ class StepLoop:
         self._open: dict[Job, set[Lane]] = {}
         self._fresh: list[Lane] = []  # just came; their logits may be there already
         self._roster = Roster()
+        self._next: _Step | None = None  # launched ahead
         self._reports: deque[Callable[[], None]] = deque()
-        self._kept: deque[Branch] = deque()
+        self._kept = KeptLogits()
         self._arrivals = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dendrite-engine", daemon=True)
@@ -136,14 +140,15 @@ class StepLoop:
 
     @property
     def median_step_ms(self) -> float:
-        """Median time of the last forward passes, in ms; 0 before the first."""
+        """Their median; 0 before the first."""
         return self._forward.median_ms
 
     # -- engine thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            self._receive(block=not self._open)
+            if self._next is None:
+                self._receive(block=not self._open)
             if self._closed.is_set():
                 break
             try:
@@ -180,15 +185,20 @@ class StepLoop:
 
     def _step(self) -> None:
         """Sample what can be sampled, compute what is missing, sample again."""
-        self._end_cancelled()
-        if self._fresh:
-            self._begin_fresh()
-        if not self._forward.is_async:
-            self._report()
-        step = self._launch()
+        step, self._next = self._next, None
+        if step is None:
+            self._end_cancelled()
+            if self._fresh:
+                self._begin_fresh()
+            if not self._forward.is_async:
+                self._report()
+            step = self._launch()
+        ahead = None if step is None else self._run_ahead(step)
         self._report()
         if step is not None:
             self._land(step)
+            if ahead is not None and step.launch is not None:
+                self._next = self._settle(ahead, step.launch.group)
         if not self._forward.is_async or not len(self._roster):
             self._report()
 
@@ -261,7 +271,7 @@ class StepLoop:
         if order is not None:
             rows, held = rows[order], held[order]
         launch = self._decoder.begin(roster.group, flight.logits, rows, held)
-        return _Step(launch, None, ())
+        return _Step(launch, None, (), flight, order)
 
     def _begin_some(self, flight: Flight) -> _Step:
         """`_begin` where not just the whole group gets logits."""
@@ -289,6 +299,31 @@ class StepLoop:
                 self._roster.remove(ended)
         self._finish_probes(step.probes, keep=False)
 
+    def _run_ahead(self, step: _Step) -> Ahead | None:
+        """Start the pass behind a step's, where nothing else is to be done first."""
+        if step.flight is None or step.launch is None or not self._forward.is_async:
+            return None
+        drawn = step.launch.tokens.drawn
+        calls = self._fresh or not self._inbox.empty() or any(job.cancelled for job in self._open)
+        if drawn is None or calls:
+            return None
+        goes_on = self._decoder.going_on(step.launch)
+        if not goes_on.any():
+            return None
+        return self._forward.launch_ahead(step.flight, goes_on, step.order, drawn)
+
+    def _settle(self, ahead: Ahead, before: LaneGroup) -> _Step | None:
+        """The step of a pass that was launched ahead; None where it is not what is wanted now."""
+        roster, flight = self._roster, None
+        if len(roster):
+            selection = self._scheduler.next_batch(roster.waiting, self._core)
+            if selection.chosen is None:
+                flight = self._forward.settle(ahead, selection, roster.places_in(before))
+        if flight is None:
+            self._forward.num_in_vain += 1
+            return None
+        return self._begin(flight)
+
     def _draw(self, launch: Launch) -> set[Lane]:
         """Give lanes their tokens, to be reported later; returns those that end with them."""
         drawn = self._decoder.draw(launch)
@@ -307,15 +342,8 @@ class StepLoop:
             if not keep or row.tensor.shape[0] > 1:  # do not keep the other rows of the step alive
                 copy = row.tensor[row.row].clone()[None]
                 lane.branch._logits = LogitsRow(row.num_tokens, copy, 0)
-            self._keep(lane.branch)
+            self._kept.add(lane.branch)
         self._end({lane: None for lane, _ in ready}, "length")
-
-    def _keep(self, branch: Branch) -> None:
-        self._kept.append(branch)
-        if len(self._kept) > _KEPT_LOGITS:
-            old = self._kept.popleft()
-            if old not in self._kept and not old._busy:
-                old._logits = None
 
     # -- the end of lanes and jobs ------------------------------------------------------------
 
@@ -364,7 +392,7 @@ class StepLoop:
         if not isinstance(error, EngineClosed):
             self._trace.append("error", 0, {"error": f"{type(error).__name__}: {error}"})
         jobs, self._open = self._open, {}
-        self._roster, self._fresh = Roster(), []
+        self._roster, self._fresh, self._next = Roster(), [], None
         for lanes in jobs.values():
             for lane in lanes:
                 lane.branch._busy = False

@@ -50,8 +50,13 @@ class Runner(Protocol):
     def failure(self) -> DeviceError | None:
         """See above."""
 
-    def run(self, plan: Plan) -> tuple[torch.Tensor, np.ndarray]:
+    def run(self, plan: Plan, drawn: torch.Tensor | None = None) -> tuple[torch.Tensor, np.ndarray]:
         """Compute a plan's rows and store their K/V.
+
+        Args:
+            plan: what to compute.
+            drawn: tokens on the device, i32 [n], that the plan's ids below 0 stand for: -1 - i for
+                drawn[i]. Only with `is_async`.
 
         Returns:
             (logits fp32 [R, vocab], for each branch of the plan its row in logits or -1, i64 [n]).
@@ -97,8 +102,9 @@ class ModelRunner:
         return self.last_ms
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> tuple[torch.Tensor, np.ndarray]:
+    def run(self, plan: Plan, drawn: torch.Tensor | None = None) -> tuple[torch.Tensor, np.ndarray]:
         """See Runner.run."""
+        del drawn
         start = time.perf_counter()
         batch = ForwardBatch.build(plan)
         if len(plan.copies):

@@ -232,7 +232,16 @@ class SamplingRows:
 
 
 class PendingTokens(Protocol):
-    """Tokens that are being computed."""
+    """Tokens that are being computed.
+
+    Attributes:
+        drawn: where they will be on the device, i32 [n], for work that is queued behind them;
+            None where they are in host memory.
+    """
+
+    @property
+    def drawn(self) -> torch.Tensor | None:
+        """See above."""
 
     def wait(self) -> tuple[np.ndarray, np.ndarray]:
         """(token ids i32, log-probabilities f32), of the same shape and the caller's to keep."""
@@ -244,6 +253,7 @@ class SampledTokens:
 
     tokens: np.ndarray
     logprobs: np.ndarray
+    drawn: None = None
 
     def wait(self) -> tuple[np.ndarray, np.ndarray]:
         """See `PendingTokens.wait`."""

@@ -9,7 +9,9 @@ from dendrite_engine.sampling import Sampler
 
 
 class Deferred:
-    """Tokens that the device has not chosen yet."""
+    """Tokens that the device has not chosen yet, nor put anywhere."""
+
+    drawn = None
 
     def __init__(self, choose: Callable[[], Any]) -> None:
         self.choose = choose
@@ -54,9 +56,9 @@ def log_passes(engine: Any, log: list[Any]) -> None:
     runner = engine._parts.runner
     run = runner.run
 
-    def noted(plan: Any) -> Any:
+    def noted(plan: Any, drawn: Any = None) -> Any:
         log.append("pass")
-        return run(plan)
+        return run(plan, drawn)
 
     runner.run = noted
 

@@ -50,6 +50,12 @@ struct EmbedParams {
   int width;  // a multiple of 4
 };
 
+struct TakeParams {
+  int32_t* token_ids;    // [rows], in place
+  const int32_t* drawn;  // [count]
+  int rows, count;
+};
+
 struct SiluParams {
   const void* gate_up;  // [rows, 2 * width] T
   void* out;            // [rows, width] T

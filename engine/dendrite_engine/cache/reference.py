@@ -234,6 +234,13 @@ class TreeCore:
                 self._tree.index.evict_one()
             return count
 
+    def peek_free(self, n: int) -> np.ndarray:
+        """The up to `n` free pages that will be taken next, in this order, i32."""
+        with self._lock:
+            if n < 0:
+                raise InvalidArgument(f"n must be at least 0 (free pages), got {n}")
+            return np.array(self._tree.pool.free[::-1][:n], np.int32)
+
     # --- computing ---
 
     def plan(self, branches: object, quotas: object) -> Plan:

@@ -85,7 +85,7 @@ class DeviceRunner:
         """Time of the last pass that was known to be done when `run` or `synchronize` looked."""
         return self._timer.last_ms
 
-    def run(self, plan: Plan) -> tuple[torch.Tensor, np.ndarray]:
+    def run(self, plan: Plan, drawn: torch.Tensor | None = None) -> tuple[torch.Tensor, np.ndarray]:
         """See Runner.run; returns as soon as everything is queued.
 
         The logits stay until the next call (see `logits_epoch`), on the device.
@@ -99,7 +99,7 @@ class DeviceRunner:
         try:
             self._bind_thread()
             with torch.inference_mode():
-                result = self._run(plan)
+                result = self._run(plan, drawn)
             self._timer.poll()
         except Exception as error:
             raise self.diagnose(error) from error
@@ -150,7 +150,7 @@ class DeviceRunner:
             return True
         return False
 
-    def _run(self, plan: Plan) -> tuple[torch.Tensor, np.ndarray]:
+    def _run(self, plan: Plan, drawn: torch.Tensor | None) -> tuple[torch.Tensor, np.ndarray]:
         rows = self.state.buckets.of(plan.num_tokens)
         batch, work_ints = self._prepare(plan, rows)
         wanted = len(batch.logits_index)
@@ -159,6 +159,8 @@ class DeviceRunner:
         logits = self._logits_buffer(logits_rows)
         self._timer.start()
         self.state.metadata.send(batch, work_ints)
+        if drawn is not None:
+            self.state.ops.take_tokens(batch.token_ids, drawn)
         if is_padded and self.attention.supports_graphs and self.state.graphs.is_on:
             self._run_graph(batch, logits, logits_rows)
         else:

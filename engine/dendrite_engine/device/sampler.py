@@ -72,6 +72,11 @@ class DeviceTokens:
     slot: _Slot
     shape: tuple[int, ...]
 
+    @property
+    def drawn(self) -> torch.Tensor:
+        """See `PendingTokens.drawn`; good until the second `begin` that follows."""
+        return self.slot.results.device[: math.prod(self.shape)]
+
     def wait(self) -> tuple[np.ndarray, np.ndarray]:
         """See `PendingTokens.wait`; call it before the second `begin` that follows."""
         self.slot.wait()

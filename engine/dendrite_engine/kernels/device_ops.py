@@ -37,6 +37,7 @@ class Op(NamedTuple):
 
 
 OPS: dict[str, Op] = {
+    "take_tokens": Op("device_reference:take_tokens", "(Tensor(a!) token_ids, Tensor drawn) -> ()"),
     "embed": Op(
         "device_reference:embed", "(Tensor token_ids, Tensor table, Tensor(a!) residual) -> ()"
     ),
@@ -211,6 +212,7 @@ class DeviceKernels:
             operations = {op: getattr(packet, op).default for op in OPS}
         else:
             operations = TWINS
+        self._take_tokens = operations["take_tokens"]
         self._embed = operations["embed"]
         self._add_rms_norm = operations["add_rms_norm"]
         self._rope_store_kv = operations["rope_store_kv"]
@@ -225,6 +227,10 @@ class DeviceKernels:
         self._stream_linear_serves = operations["stream_linear_serves"]
         self._sample = operations["sample"]
         self._top_logprobs = operations["top_logprobs"]
+
+    def take_tokens(self, token_ids: torch.Tensor, drawn: torch.Tensor) -> None:
+        """See `device_reference.take_tokens`."""
+        self._take_tokens(token_ids, drawn)
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, residual: torch.Tensor) -> None:
         """See `device_reference.embed`."""

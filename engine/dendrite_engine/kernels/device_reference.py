@@ -13,6 +13,14 @@ import torch
 _NAN = float("nan")
 
 
+def take_tokens(token_ids: torch.Tensor, drawn: torch.Tensor) -> None:
+    """Each of token_ids i32 [T] that is -1 - i with i < n becomes drawn[i], of drawn i32 [n]."""
+    place = -1 - token_ids
+    known = (place >= 0) & (place < len(drawn))
+    if len(drawn):
+        token_ids.copy_(torch.where(known, drawn[torch.where(known, place, 0).long()], token_ids))
+
+
 def embed(token_ids: torch.Tensor, table: torch.Tensor, residual: torch.Tensor) -> None:
     """Residual [T, H] = rows of table [V, H]; an id outside the table gives a row of NaN."""
     known = (token_ids >= 0) & (token_ids < len(table))
