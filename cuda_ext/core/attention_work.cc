@@ -2,44 +2,21 @@
 
 #include <algorithm>
 #include <bit>
-#include <functional>
 #include <numeric>
-#include <queue>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "../include/dendrite/attention_work.h"
+#include "attention_cuts.h"
+#include "attention_order.h"
 #include "errors.h"
 
 namespace dendrite {
 
 namespace {
 
-constexpr int32_t kSegmentCost = 2;  // tiles that starting and ending a segment is worth
-constexpr int32_t kMinTiles = 2;     // a worker gets at least this much, if there is so much
-
-// Cuts of the deterministic mode: every 256 positions up to 4096, then 8 for each doubling.
-int32_t chunk_shift(int32_t position) {
-  return position < 4096 ? 8 : std::bit_width(uint32_t(position)) - 4;
-}
-
-int32_t chunk_of(int32_t position) {
-  const int32_t shift = chunk_shift(position);
-  return (position < 4096 ? 0 : 8 * (shift - 8)) + (position >> shift);
-}
-
-int32_t chunk_end(int32_t position) {
-  const int32_t shift = chunk_shift(position);
-  return ((position >> shift) + 1) << shift;
-}
-
-// Units [from, to) of a node, read by rows [row_begin, row_end) of one block.
-struct Run {
-  int32_t cell, node, from, to;
-  int32_t row_begin, row_end;  // inside the block; inside the piece, once it is placed
-  int32_t old;                 // units of the node before the first with a token of this step
-};
+constexpr int32_t kSegmentTiles = 2;  // that starting and ending a segment is worth
 
 // Entries [begin, begin + count) for rows [row_begin, row_end) of one block, read by one worker. Its
 // result is the block's partial result number `part`.
@@ -52,15 +29,23 @@ class Builder {
  public:
   Builder(const AttentionPlan& plan, const AttentionCut& cut)
       : plan_(plan), cut_(cut), unit_(std::min(kUnit, cut.page_size)),
+        unit_shift_(std::countr_zero(uint32_t(unit_))),
+        page_shift_(std::countr_zero(uint32_t(cut.page_size))),
+        half_rows_(cut.q_tile == 128 ? 64 / cut.group : 0),
         rows_per_block_(rows_of_block(cut.q_tile, cut.group)),
         num_blocks_(work_blocks(cut.rows, rows_per_block_)) {}
 
   void collect() {
     first_chunk_.assign(num_blocks_, 0x7fffffff);
     last_chunk_.assign(num_blocks_, -1);
+    block_rows_.resize(num_blocks_);
+    for (int64_t b = 0; b < num_blocks_; ++b)
+      block_rows_[b] = static_cast<int32_t>(
+          std::clamp<int64_t>(plan_.num_rows - b * rows_per_block_, 0, rows_per_block_));
+    runs_.reserve(plan_.num_nodes + 2 * num_blocks_);
     for (int64_t n = 0; n < plan_.num_nodes; ++n) check_node(n);
     for (int64_t n = 0; n < plan_.num_nodes; ++n) visit_node(static_cast<int32_t>(n));
-    place_cells();
+    cut_.deterministic ? place_cells() : place_blocks();
   }
 
   AttentionWorkSize finish(int32_t* out, int64_t capacity) {
@@ -88,8 +73,8 @@ class Builder {
     const int64_t len = plan_.node_len[n], pos = plan_.node_pos[n];
     const int64_t first = plan_.node_page_indptr[n], last = plan_.node_page_indptr[n + 1];
     if (begin >= 0 && begin <= end && end <= plan_.num_rows && len >= 0 && pos >= 0 &&
-        pos % cut_.page_size == 0 && first >= 0 && last <= plan_.num_page_indices &&
-        last - first == (len + cut_.page_size - 1) / cut_.page_size)
+        (pos & (cut_.page_size - 1)) == 0 && first >= 0 && last <= plan_.num_page_indices &&
+        last - first == (len + cut_.page_size - 1) >> page_shift_)
       return;
     throw InvalidArgumentError(
         "plan: node " + std::to_string(n) + " has rows " + std::to_string(begin) + ".." +
@@ -100,43 +85,63 @@ class Builder {
 
   void visit_node(int32_t n) {
     const int32_t begin = plan_.node_row_begin[n], end = plan_.node_row_end[n];
-    if (begin == end || plan_.node_len[n] == 0) return;
-    const int32_t old = old_units(n);
-    for (int32_t b = begin / rows_per_block_; b <= (end - 1) / rows_per_block_; ++b) {
-      const int32_t base = b * rows_per_block_;
-      visit_block(n, b, std::max(begin, base), std::min(end, base + rows_per_block_), old);
-    }
-  }
-
-  // A row's own token is in the node that covers its position, among those that it reads.
-  int32_t old_units(int32_t n) const {
     const int32_t pos = plan_.node_pos[n], len = plan_.node_len[n];
-    int32_t first = len + unit_;
-    for (int32_t r = plan_.node_row_begin[n]; r < plan_.node_row_end[n]; ++r) {
-      const int32_t at = plan_.positions[r] - pos;
-      if (at >= 0 && at < len) first = std::min(first, at);
+    if (begin == end || len == 0) return;
+    const size_t first_run = runs_.size();
+    int32_t own = len + unit_ - 1;  // of the node: the first token of this step, or none
+    for (int32_t b = begin / rows_per_block_, base = b * rows_per_block_; base < end;
+         ++b, base += rows_per_block_) {
+      const int32_t from = std::max(begin, base), to = std::min(end, base + rows_per_block_);
+      int32_t low = 0x7fffffff, high = -1;
+      for (int32_t r = from; r < to; ++r) {
+        const int32_t position = plan_.positions[r];
+        low = std::min(low, position);
+        high = std::max(high, position);
+        // A row's own token is in the node that covers its position, among those that it reads.
+        if (position >= pos && position - pos < len) own = std::min(own, position - pos);
+      }
+      visit_block(n, b, {low, high}, from - base, to - base);
     }
-    return first / unit_;
+    for (size_t i = first_run; i < runs_.size(); ++i)
+      runs_[i].old = own < len ? own >> unit_shift_ : (len + unit_) >> unit_shift_;
   }
 
-  // What the rows [begin, end) of block b can see of node n.
-  void visit_block(int32_t n, int32_t b, int32_t begin, int32_t end, int32_t old) {
-    const auto [low, high] = std::minmax_element(plan_.positions + begin, plan_.positions + end);
+  // What rows [row_begin, row_end) of block b, between these positions, can see of node n.
+  void visit_block(int32_t n, int32_t b, std::pair<int32_t, int32_t> seen, int32_t row_begin,
+                   int32_t row_end) {
     const int32_t pos = plan_.node_pos[n], stop = pos + plan_.node_len[n];
-    int32_t from = cut_.window > 0 ? std::max(pos, *low - cut_.window + 1) : pos;
-    const int32_t to = std::min(stop, *high + 1);
-    from -= (from - pos) % unit_;
-    const int32_t base = b * rows_per_block_;
+    int32_t from = cut_.window > 0 ? std::max(pos, seen.first - cut_.window + 1) : pos;
+    const int32_t to = std::min(stop, seen.second + 1);
+    from -= (from - pos) & (unit_ - 1);
     while (from < to) {
       const int32_t chunk = cut_.deterministic ? chunk_of(from) : 0;
       const int32_t cut = cut_.deterministic ? std::min(to, chunk_end(from)) : to;
-      runs_.push_back({chunk, n, (from - pos) / unit_, (cut - pos + unit_ - 1) / unit_,
-                       begin - base, end - base, old});
-      run_block_.push_back(b);
+      runs_.push_back({cut_.deterministic ? chunk : b, n, (from - pos) >> unit_shift_,
+                       (cut - pos + unit_ - 1) >> unit_shift_, row_begin, row_end, 0});
+      if (cut_.deterministic) run_block_.push_back(b);
       first_chunk_[b] = std::min(first_chunk_[b], chunk);
       last_chunk_[b] = std::max(last_chunk_[b], chunk);
       from = cut;
     }
+  }
+
+  // Without fixed cuts: a block's rows in as many pieces as pays.
+  void place_blocks() {
+    cuts_ = choose_cuts(runs_, block_rows_, cut_.workers);
+    std::vector<int64_t> piece_indptr(1, 0);
+    piece_indptr.reserve(num_blocks_ + 1);
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      if (last_chunk_[b] >= 0) add_pieces(b, 0, std::min(cuts_.shares, block_rows_[b]));
+      piece_indptr.push_back(static_cast<int64_t>(pieces_.size()));
+    }
+    place_runs(piece_indptr);
+  }
+
+  void add_pieces(int64_t block, int32_t part, int64_t shares) {
+    const int64_t rows = block_rows_[block];
+    for (int64_t i = 0; i < shares; ++i)
+      pieces_.push_back({static_cast<int32_t>(block), part, static_cast<int32_t>(rows * i / shares),
+                         static_cast<int32_t>(rows * (i + 1) / shares), 0, 0});
   }
 
   // A cell is what a block reads of one chunk. Cells become pieces; those whose entries are mostly of
@@ -148,7 +153,7 @@ class Builder {
     std::vector<int64_t> entries(cell_indptr[num_blocks_], 0), longest(entries.size(), 0);
     for (size_t i = 0; i < runs_.size(); ++i) {
       const int32_t b = run_block_[i];
-      Run& run = runs_[i];
+      AttentionRun& run = runs_[i];
       run.cell += static_cast<int32_t>(cell_indptr[b]) - first_chunk_[b];
       entries[run.cell] += run.to - run.from;
       const int32_t position = plan_.node_pos[run.node] + run.from * unit_;
@@ -156,18 +161,11 @@ class Builder {
     }
     std::vector<int64_t> piece_indptr(1, 0);
     for (int64_t b = 0; b < num_blocks_; ++b) {
-      const int32_t rows = static_cast<int32_t>(std::clamp<int64_t>(
-          plan_.num_rows - b * rows_per_block_, 0, rows_per_block_));
       int32_t part = 0;
       for (int64_t c = cell_indptr[b]; c < cell_indptr[b + 1]; ++c) {
-        const int64_t shares =
-            cut_.deterministic && entries[c] > 0
-                ? std::min<int64_t>(rows, (entries[c] + longest[c] - 1) / longest[c])
-                : int64_t{entries[c] > 0};
-        for (int64_t i = 0; i < shares; ++i)
-          pieces_.push_back({static_cast<int32_t>(b), part, static_cast<int32_t>(rows * i / shares),
-                             static_cast<int32_t>(rows * (i + 1) / shares), 0, 0});
-        part += shares > 0;
+        if (entries[c] > 0)
+          add_pieces(b, part++, std::min<int64_t>(
+                                    block_rows_[b], (entries[c] + longest[c] - 1) / longest[c]));
         piece_indptr.push_back(static_cast<int64_t>(pieces_.size()));
       }
     }
@@ -176,9 +174,10 @@ class Builder {
 
   // Gives every piece its share of the runs; its entries start at a whole tile.
   void place_runs(const std::vector<int64_t>& piece_indptr) {
-    std::vector<Run> placed;
-    placed.reserve(runs_.size());
-    for (const Run& run : runs_) {
+    std::vector<AttentionRun> placed;
+    placed.reserve(2 * runs_.size());
+    orders_.resize(pieces_.size());
+    for (const AttentionRun& run : runs_) {
       for (int64_t i = piece_indptr[run.cell]; i < piece_indptr[run.cell + 1]; ++i) {
         Piece& piece = pieces_[i];
         const int32_t begin = std::max(run.row_begin, piece.row_begin);
@@ -187,38 +186,42 @@ class Builder {
         placed.push_back({static_cast<int32_t>(i), run.node, run.from, run.to,
                           begin - piece.row_begin, end - piece.row_begin, run.old});
         piece.count += run.to - run.from;
+        orders_[i].add(begin - piece.row_begin, end - piece.row_begin, half_rows_,
+                       run.to - run.from);
       }
     }
     runs_ = std::move(placed);
-    for (Piece& piece : pieces_) {
-      // Rows that read nothing of a chunk still have a partial result of it, an empty one: padding
-      // makes the kernel write it.
-      piece.count = std::max<int64_t>(piece.count, 1);
-      piece.begin = num_entries_;
+    piece_begin_.reserve(pieces_.size() + 1);
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+      // Rows that read nothing still have a result, an empty one: padding makes the kernel write it.
+      pieces_[i].count = std::max<int64_t>(pieces_[i].count, 1);
+      pieces_[i].begin = num_entries_;
       piece_begin_.push_back(num_entries_);
-      num_entries_ += round_up(piece.count, kTileUnits);
+      num_entries_ += round_up(pieces_[i].count, kTileUnits);
+      orders_[i].close();
     }
+    piece_begin_.push_back(num_entries_);
   }
 
   static int64_t tiles(int64_t entries) { return (entries + kTileUnits - 1) / kTileUnits; }
 
   void make_segments() {
+    segments_.reserve(cut_.workers + pieces_.size());
     segments_.assign(cut_.workers, WorkSegment{0, 0, -1, 0, 0, -1, 0, 0});
     last_of_.assign(cut_.workers, -1);
-    for (int64_t b = 0; b < num_blocks_; ++b) {
-      blocks_.push_back({static_cast<int32_t>(b * rows_per_block_), 0, 0, 0});
-      blocks_[b].num_rows = static_cast<int32_t>(std::clamp<int64_t>(
-          plan_.num_rows - blocks_[b].row_begin, 0, rows_per_block_));
-    }
+    blocks_.reserve(num_blocks_);
+    for (int64_t b = 0; b < num_blocks_; ++b)
+      blocks_.push_back({static_cast<int32_t>(b * rows_per_block_), block_rows_[b], 0, 0});
     if (!cut_.deterministic) cut_pieces();
     deal();
   }
 
-  // Cuts every block's list at multiples of one length. Blocks that begin with the same pages are
-  // cut at the same places, so their workers read the same pages at the same time.
+  // Cuts every piece at multiples of one length. Blocks that begin with the same pages are cut at
+  // the same places, so their workers read the same pages at the same time.
   void cut_pieces() {
-    const int64_t length = kTileUnits * piece_tiles();
+    const int64_t length = kTileUnits * cuts_.tiles;
     std::vector<Piece> cut;
+    cut.reserve(pieces_.size() + 4 * cut_.workers);
     for (const Piece& piece : pieces_)
       for (int64_t at = 0, part = 0; at < piece.count; at += length, ++part)
         cut.push_back({piece.block, static_cast<int32_t>(part), piece.row_begin, piece.row_end,
@@ -226,49 +229,22 @@ class Builder {
     pieces_ = std::move(cut);
   }
 
-  // The shortest pieces of which every worker gets at most one, but not so many that merging them
-  // takes longer; with more blocks than workers, about two pieces a worker.
-  int64_t piece_tiles() const {
-    int64_t total = 0, low = kMinTiles, high = kMinTiles;
-    for (const Piece& piece : pieces_) {
-      total += tiles(piece.count);
-      high = std::max(high, tiles(piece.count));
-    }
-    // Merging takes about as long for 8 partial results as a worker for one tile: t / c + c / 8 is
-    // least at c * c = t / 8.
-    while ((low + 1) * (low + 1) * 8 <= high) ++low;
-    if (int64_t(pieces_.size()) > cut_.workers)
-      return std::max<int64_t>(kMinTiles, (total / cut_.workers + 1) / 2);
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      int64_t count = 0;
-      for (const Piece& piece : pieces_) count += (tiles(piece.count) + middle - 1) / middle;
-      if (count <= cut_.workers)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    return low;
-  }
-
   // The largest piece first, each to the worker with the least to do.
   void deal() {
     place_slots();
-    std::vector<int32_t> order(pieces_.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-      return pieces_[a].count > pieces_[b].count;
-    });
-    std::priority_queue<std::pair<int64_t, int32_t>, std::vector<std::pair<int64_t, int32_t>>,
-                        std::greater<>>
-        least;
-    for (int32_t w = 0; w < cut_.workers; ++w) least.push({0, w});
-    for (const int32_t i : order) {
-      auto [load, worker] = least.top();
-      least.pop();
-      add_segment(worker, pieces_[i]);
-      least.push({load + tiles(pieces_[i].count) + kSegmentCost, worker});
+    std::vector<std::pair<int64_t, int32_t>> order;  // by size, then as they come
+    order.reserve(pieces_.size());
+    for (size_t i = 0; i < pieces_.size(); ++i)
+      order.push_back({-pieces_[i].count, static_cast<int32_t>(i)});
+    std::sort(order.begin(), order.end());
+    if (order.size() <= size_t(cut_.workers)) {
+      for (size_t w = 0; w < order.size(); ++w)
+        add_segment(static_cast<int32_t>(w), pieces_[order[w].second]);
+      return;
     }
+    LeastLoaded loads(cut_.workers);
+    for (const auto& [count, i] : order)
+      add_segment(loads.take(tiles(-count) + kSegmentTiles), pieces_[i]);
   }
 
   // Slots in block order; a block with a single part needs none.
@@ -302,31 +278,47 @@ class Builder {
     segments_.push_back(segment);
   }
 
-  void write_entries(WorkEntry* out) const {
-    std::fill(out, out + num_entries_, WorkEntry{0, 0, 0, 0});
-    std::vector<int64_t> next = piece_begin_;
-    const int32_t units_per_page = cut_.page_size / unit_;
-    for (const Run& run : runs_) {
-      const int32_t* pages = plan_.page_indices + plan_.node_page_indptr[run.node];
-      const int32_t pos = plan_.node_pos[run.node], len = plan_.node_len[run.node];
-      const uint32_t rows = uint32_t(run.row_begin) | uint32_t(run.row_end) << 16;
-      WorkEntry* to = out + next[run.cell];
-      for (int32_t u = run.from; u < run.to; ++u, ++to) {
-        const int32_t page = pages[u / units_per_page];
-        *to = {page * cut_.page_size + u % units_per_page * unit_, pos + u * unit_,
-               rows | (u < run.old ? kOld : 0), std::min(unit_, len - u * unit_)};
-      }
-      next[run.cell] += run.to - run.from;
+  void write_entries(WorkEntry* out) {
+    for (size_t i = 0; i + 1 < piece_begin_.size(); ++i) {
+      const int64_t used = orders_[i].count();
+      std::fill(out + piece_begin_[i] + used, out + piece_begin_[i + 1], WorkEntry{0, 0, 0, 0});
     }
+    for (const AttentionRun& run : runs_) {
+      AttentionOrder& order = orders_[run.cell];
+      const auto kind = AttentionOrder::kind(run.row_begin, run.row_end, half_rows_);
+      for (int32_t u = run.from; u < run.to;) {
+        const auto [at, room] = order.next(kind);
+        const auto units = static_cast<int32_t>(std::min<int64_t>(room, run.to - u));
+        write_run(run, u, u + units, out + piece_begin_[run.cell] + at);
+        order.take(kind, units);
+        u += units;
+      }
+    }
+  }
+
+  void write_run(const AttentionRun& run, int32_t from, int32_t to, WorkEntry* out) const {
+    const int32_t* pages = plan_.page_indices + plan_.node_page_indptr[run.node];
+    const int32_t pos = plan_.node_pos[run.node], len = plan_.node_len[run.node];
+    const uint32_t rows = uint32_t(run.row_begin) | uint32_t(run.row_end) << 16;
+    const int32_t shift = page_shift_ - unit_shift_, inside = (1 << shift) - 1;
+    for (int32_t u = from; u < to; ++u)
+      *out++ = {(pages[u >> shift] << page_shift_) + ((u & inside) << unit_shift_),
+                pos + (u << unit_shift_), rows | (u < run.old ? kOld : 0),
+                std::min(unit_, len - (u << unit_shift_))};
   }
 
   const AttentionPlan& plan_;
   const AttentionCut& cut_;
-  const int32_t unit_, rows_per_block_;
+  const int32_t unit_, unit_shift_, page_shift_;
+  const int32_t half_rows_;  // rows of a piece whose queries are the first warpgroup's, 0: all
+  const int32_t rows_per_block_;
   const int64_t num_blocks_;
-  std::vector<Run> runs_;  // in node order; `cell` holds the chunk until place_cells()
-  std::vector<int32_t> run_block_, first_chunk_, last_chunk_;
-  std::vector<int64_t> piece_begin_;  // where the entries of each piece begin, before cuts
+  // In node order; `cell` is the block, or with fixed cuts the chunk until place_cells().
+  std::vector<AttentionRun> runs_;
+  std::vector<int32_t> block_rows_, run_block_, first_chunk_, last_chunk_;
+  AttentionCuts cuts_{1, 1};
+  std::vector<AttentionOrder> orders_;  // of each piece, before cuts
+  std::vector<int64_t> piece_begin_;    // where its entries begin; and the end of all
   int64_t num_entries_ = 0;
   std::vector<Piece> pieces_;
   std::vector<int32_t> last_of_;  // last segment of each worker so far

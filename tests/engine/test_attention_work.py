@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dendrite_engine import _core
+from dendrite_engine.cache.reference_cuts import Cuts, chunk_of
 from dendrite_engine.cache.reference_work import attention_work as twin
-from dendrite_engine.cache.reference_work import chunk_of
 from dendrite_engine.errors import InvalidArgument
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))

@@ -5,31 +5,24 @@ Layout and meaning: cuda_ext/include/dendrite/attention_work.h.
 
 from __future__ import annotations
 
-import heapq
-import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
+from dendrite_engine.cache.reference_cuts import (
+    TILE,
+    Run,
+    choose_cuts,
+    chunk_begin,
+    chunk_end,
+    chunk_of,
+    deal,
+    tiles_of,
+)
+
 UNIT = 16  # slots of an entry
-TILE = 4  # entries that a kernel loads together
 OLD = 1 << 15  # among the readers of an entry: it holds no token of this step
-_MIN_TILES = 2
-_SEGMENT_COST = 2  # tiles that starting and ending a segment is worth
-
-
-class _Run(NamedTuple):
-    """Units [first, last) of a node, read by rows [begin, end) of one block; the node's units
-    before `old` hold no token of this step.
-    """
-
-    node: int
-    first: int
-    last: int
-    begin: int
-    end: int
-    old: int
+_SEGMENT_TILES = 2  # that starting and ending a segment is worth
 
 
 @dataclass
@@ -46,28 +39,6 @@ class _Piece:
     count: int
 
 
-def _chunk_shift(position: int) -> int:
-    return 8 if position < 4096 else position.bit_length() - 4
-
-
-def chunk_of(position: int) -> int:
-    """Number of the deterministic chunk of a position: 256 long up to 4096, then 8 for each
-    doubling.
-    """
-    shift = _chunk_shift(position)
-    return (0 if position < 4096 else 8 * (shift - 8)) + (position >> shift)
-
-
-def _chunk_begin(position: int) -> int:
-    shift = _chunk_shift(position)
-    return position >> shift << shift
-
-
-def _chunk_end(position: int) -> int:
-    shift = _chunk_shift(position)
-    return ((position >> shift) + 1) << shift
-
-
 def attention_work(
     positions: np.ndarray, node_pos: np.ndarray, node_len: np.ndarray, node_row_begin: np.ndarray,
     node_row_end: np.ndarray, node_page_indptr: np.ndarray, page_indices: np.ndarray, rows: int,
@@ -77,7 +48,7 @@ def attention_work(
     """See `_core.attention_work`; O(rows + entries) in Python."""
     rows_per_block = max(1, q_tile // group)
     unit = min(UNIT, page_size)
-    cells: list[dict[int, list[_Run]]] = [{} for _ in range(-(-rows // rows_per_block))]
+    cells: list[dict[int, list[Run]]] = [{} for _ in range(-(-rows // rows_per_block))]
     for node in range(len(node_pos)):
         begin, end = int(node_row_begin[node]), int(node_row_end[node])
         span = (int(node_pos[node]), int(node_len[node]))
@@ -89,16 +60,31 @@ def attention_work(
                 seen = positions[low:high]
                 base = block * rows_per_block
                 for chunk, first, last in _visible(span, seen, unit, window, deterministic):
-                    run = _Run(node, first, last, low - base, high - base, old)
+                    run = Run(node, first, last, low - base, high - base, old)
                     cells[block].setdefault(chunk, []).append(run)
     blocks = [
         [first, min(max(len(positions) - first, 0), rows_per_block), 0, 0]
         for first in range(0, len(cells) * rows_per_block, rows_per_block)
     ]
-    parts = _parts(cells, blocks, node_pos, unit, deterministic)
+    length = 1
+    if deterministic:
+        parts = _fixed_parts(cells, blocks, node_pos, unit)
+    else:
+        runs = [chunks.get(0, []) for chunks in cells]
+        rows_of = [block[1] for block in blocks]
+        shares, length = choose_cuts(list(zip(rows_of, runs, strict=True)), workers)
+        parts = [
+            part
+            for block, mine in enumerate(runs)
+            if mine
+            for part in _shared_out(block, 0, rows_of[block], mine, shares)
+        ]
+    half_rows = 64 // group if q_tile == 128 else 0
+    for piece_and_runs in parts:
+        piece_and_runs[1][:] = _in_turn(piece_and_runs[1], half_rows)
     entries, pieces = _entries(parts, node_pos, node_len, node_page_indptr, page_indices, page_size)
     if not deterministic:
-        pieces = _cut(pieces, workers)
+        pieces = _cut(pieces, length * TILE)
     segments = _deal(pieces, blocks, group, workers)
     return _write(blocks, segments, entries, out)
 
@@ -120,42 +106,86 @@ def _visible(
     begin -= (begin - pos) % unit
     parts = []
     while begin < stop:
-        cut = min(stop, _chunk_end(begin)) if deterministic else stop
+        cut = min(stop, chunk_end(begin)) if deterministic else stop
         chunk = chunk_of(begin) if deterministic else 0
         parts.append((chunk, (begin - pos) // unit, -(-(cut - pos) // unit)))
         begin = cut
     return parts
 
 
-def _parts(
-    cells: list[dict[int, list[_Run]]], blocks: list[list[int]], node_pos: np.ndarray, unit: int,
-    deterministic: bool,
-) -> list[tuple[_Piece, list[_Run]]]:  # fmt: skip
+def _fixed_parts(
+    cells: list[dict[int, list[Run]]], blocks: list[list[int]], node_pos: np.ndarray, unit: int
+) -> list[tuple[_Piece, list[Run]]]:
     """What each block reads of each chunk; where that is mostly of single rows, in several pieces
     with a part of the rows each.
     """
     parts = []
     for block, chunks in enumerate(cells):
-        rows = blocks[block][1]
         for part, chunk in enumerate(sorted(chunks)):
-            runs, shares = chunks[chunk], 1
-            if deterministic:
-                at = int(node_pos[runs[-1].node]) + runs[-1].first * unit
-                longest = (_chunk_end(at) - _chunk_begin(at)) // unit
-                shares = min(rows, -(-sum(run.last - run.first for run in runs) // longest))
-            for i in range(shares):
-                low, high = rows * i // shares, rows * (i + 1) // shares
-                mine = [
-                    run._replace(begin=max(run.begin, low) - low, end=min(run.end, high) - low)
-                    for run in runs
-                    if max(run.begin, low) < min(run.end, high)
-                ]
-                parts.append((_Piece(block, part, low, high, 0, 0), mine))
+            runs = chunks[chunk]
+            at = int(node_pos[runs[-1].node]) + runs[-1].first * unit
+            longest = (chunk_end(at) - chunk_begin(at)) // unit
+            shares = -(-sum(run.last - run.first for run in runs) // longest)
+            parts += _shared_out(block, part, blocks[block][1], runs, shares)
     return parts
 
 
+def _shared_out(
+    block: int, part: int, rows: int, runs: list[Run], shares: int
+) -> list[tuple[_Piece, list[Run]]]:
+    """Pieces with a part of the rows each, at most one for each row, and their runs."""
+    shares = min(shares, rows)
+    pieces = []
+    for i in range(shares):
+        low, high = rows * i // shares, rows * (i + 1) // shares
+        mine = [
+            run._replace(begin=max(run.begin, low) - low, end=min(run.end, high) - low)
+            for run in runs
+            if max(run.begin, low) < min(run.end, high)
+        ]
+        pieces.append((_Piece(block, part, low, high, 0, 0), mine))
+    return pieces
+
+
+def _in_turn(runs: list[Run], half_rows: int) -> list[Run]:
+    """Half of a tile of 128 queries is one warpgroup's, which skips tiles that only the other's
+    rows read: first what rows of both halves read, then whole tiles of either half in turn.
+    """
+    both: list[Run] = []
+    halves: tuple[list[Run], list[Run]] = ([], [])
+    first_end, second_begin = 0, 1 << 16
+    for run in runs:
+        if run.end <= half_rows:
+            halves[0].append(run)
+            first_end = max(first_end, run.end)
+        elif run.begin >= half_rows:
+            halves[1].append(run)
+            second_begin = min(second_begin, run.begin)
+        elif run.begin < first_end or run.end > second_begin:
+            # A node of a tree has no ancestor with fewer rows. This plan is of another kind, and a
+            # row could meet the entries of this run too early.
+            return runs
+        else:
+            both.append(run)
+    if half_rows == 0 or not halves[0] or not halves[1]:
+        return runs
+    listed, first, second = map(_units, (both, *halves))
+    fill = -len(listed) % TILE
+    listed, first = listed + first[:fill], first[fill:]
+    turns = min(len(first), len(second)) // TILE * TILE
+    for at in range(0, turns, TILE):
+        listed += second[at : at + TILE] + first[at : at + TILE]
+    shorter, longer = (second, first) if len(first) > len(second) else (first, second)
+    whole = turns + (len(longer) - turns) // TILE * TILE
+    return listed + longer[turns:whole] + shorter[turns:] + longer[whole:]
+
+
+def _units(runs: list[Run]) -> list[Run]:
+    return [run._replace(first=u, last=u + 1) for run in runs for u in range(run.first, run.last)]
+
+
 def _entries(
-    parts: list[tuple[_Piece, list[_Run]]], node_pos: np.ndarray, node_len: np.ndarray,
+    parts: list[tuple[_Piece, list[Run]]], node_pos: np.ndarray, node_len: np.ndarray,
     indptr: np.ndarray, pages: np.ndarray, page_size: int,
 ) -> tuple[list[tuple[int, int, int, int]], list[_Piece]]:  # fmt: skip
     unit = min(UNIT, page_size)
@@ -177,23 +207,8 @@ def _entries(
     return entries, [piece for piece, _ in parts]
 
 
-def _tiles(count: int) -> int:
-    return -(-count // TILE)
-
-
-def _cut(pieces: list[_Piece], workers: int) -> list[_Piece]:
-    """Cut at multiples of the shortest length of which every worker gets at most one, but not so
-    short that merging takes longer; with more blocks than workers, of half a share.
-    """
-    sizes = [_tiles(piece.count) for piece in pieces]
-    least = max(_MIN_TILES, math.isqrt(max(sizes, default=0) // 8))
-    if len(pieces) > workers:
-        length = max(_MIN_TILES, (sum(sizes) // workers + 1) // 2)
-    else:
-        length = least
-        while sum(-(-size // length) for size in sizes) > workers:
-            length += 1
-    step = length * TILE
+def _cut(pieces: list[_Piece], step: int) -> list[_Piece]:
+    """Cut at multiples of so many entries."""
     return [
         replace(piece, part=part, begin=piece.begin + at, count=min(step, piece.count - at))
         for piece in pieces
@@ -214,11 +229,9 @@ def _deal(
         slots += block[2]
     segments = [[0, 0, -1, 0, 0, -1, 0, 0] for _ in range(workers)]
     last = [-1] * workers
-    least = [(0, worker) for worker in range(workers)]
-    for i in sorted(range(len(pieces)), key=lambda i: -pieces[i].count):
-        piece = pieces[i]
-        load, worker = heapq.heappop(least)
-        heapq.heappush(least, (load + _tiles(piece.count) + _SEGMENT_COST, worker))
+    order = sorted(pieces, key=lambda piece: -piece.count)
+    dealt, _ = deal([tiles_of(piece.count) + _SEGMENT_TILES for piece in order], workers)
+    for piece, worker in zip(order, dealt, strict=True):
         block = blocks[piece.block]
         segment = [
             piece.begin, piece.count, block[3] + piece.part if block[2] else -1,
