@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from dendrite_engine import _core
-from dendrite_engine.cache.reference_cuts import Cuts, chunk_of
+from dendrite_engine.cache.reference_cuts import chunk_of
 from dendrite_engine.cache.reference_work import attention_work as twin
 from dendrite_engine.errors import InvalidArgument
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from tree_cases import FakePlan, Segment, TreeCase, random_segments
 
-CUTS = [(64, 4, 1), (128, 33, 4), (64, 1, 3), (16, 7, 16)]  # q_tile, workers, group
+CUTS = [(64, 4, 1), (128, 33, 4), (128, 8, 8), (128, 132, 7), (64, 1, 3), (16, 7, 16)]  # q_tile, workers, group
 
 
 def arguments(
@@ -70,11 +70,12 @@ def chains(work, rows, q_tile, group):
 
 
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("q_tile", [64, 128])
 @pytest.mark.parametrize("workers", [1, 4, 132])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_row_reads_its_positions_once_and_in_order(seed, workers, exact):
+def test_every_row_reads_its_positions_once_and_in_order(seed, workers, q_tile, exact):
     case = TreeCase(random_segments(seed, count=20, longest=400), seed=seed)
-    plan, group, q_tile = case.plan, 4, 64
+    plan, group = case.plan, 4
     args = arguments(plan, group=group, q_tile=q_tile, workers=workers, exact=exact)
     work, slots, _ = build(_core.attention_work, *args)
     seen = [[] for _ in plan.positions]
@@ -96,12 +97,13 @@ def test_every_row_reads_its_positions_once_and_in_order(seed, workers, exact):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("function", [_core.attention_work, twin], ids=["native", "twin"])
+@pytest.mark.parametrize("q_tile", [64, 128])
 @pytest.mark.parametrize("seed", range(8))
-def test_every_partial_result_of_every_row_is_written_once(seed, function, exact):
+def test_every_partial_result_of_every_row_is_written_once(seed, q_tile, function, exact):
     """Also of rows that read nothing of a chunk: the merge looks at all of a block's slots."""
     segments = [Segment(None, 0, 700, 0)]
     segments += [Segment(0, 700, 1 + (n * 97 + seed) % 600, 1) for n in range(40)]
-    plan, group, q_tile, workers = TreeCase(segments).plan, 4, 64, 5 + seed
+    plan, group, workers = TreeCase(segments).plan, 4, 5 + seed
     args = arguments(plan, group=group, q_tile=q_tile, workers=workers, exact=exact)
     work, _slots, num_blocks = build(function, *args)
     blocks = work[4 : 4 + 4 * num_blocks].reshape(-1, 4)
@@ -133,6 +135,97 @@ def test_blocks_with_a_common_prefix_are_cut_at_the_same_places():
         starts.setdefault(int(segment[3]), []).append(int(entries[0][1]))
     cuts = [sorted(s for s in starts[block] if s < 4096) for block in starts]
     assert all(cut == cuts[0] for cut in cuts)
+
+
+def parts(plan, rows=None, *, function=_core.attention_work, **options):
+    """(header, blocks, segments) of a list."""
+    work, _, num_blocks = build(function, *arguments(plan, rows=rows, **options))
+    at = 4 + 4 * num_blocks
+    segments = work[at : at + 8 * work[1]].reshape(-1, 8)
+    return work, work[4:at].reshape(-1, 4), segments[segments[:, 1] > 0]
+
+
+def leaves_under(prefix, count, length):
+    """A plan of `count` branches of `length` tokens of their own."""
+    segments = [Segment(None, 0, prefix, 0)]
+    return TreeCase(segments + [Segment(0, prefix, length, 1) for _ in range(count)]).plan
+
+
+@pytest.mark.parametrize("function", [_core.attention_work, twin], ids=["native", "twin"])
+def test_rows_are_shared_out_where_their_pages_are_mostly_their_own(function):
+    plan = leaves_under(256, 256, 32)
+    work, blocks, segments = parts(plan, function=function, group=4, q_tile=128, workers=16)
+    assert (work[0], len(blocks), len(segments)) == (0, 8, 16)
+    assert (segments[:, 2] == -1).all(), "there is nothing to merge"
+    assert (segments[:, 4] == 16).all(), "half of a block's rows each"
+    assert segments[:, 6].tolist().count(64) == 8
+
+
+@pytest.mark.parametrize("function", [_core.attention_work, twin], ids=["native", "twin"])
+def test_few_pages_are_not_cut_since_a_merge_would_cost_more(function):
+    plan = leaves_under(256, 4, 32)
+    work, _, segments = parts(plan, function=function, group=4, q_tile=64, workers=33)
+    assert work[0] == 0
+    assert (segments[:, 2] == -1).all()
+
+
+@pytest.mark.parametrize("function", [_core.attention_work, twin], ids=["native", "twin"])
+def test_a_long_prefix_is_cut_along_its_tokens(function):
+    plan = leaves_under(32768, 16, 20)
+    work, blocks, _ = parts(plan, function=function, group=4, q_tile=64, workers=33)
+    assert 16 <= work[0] <= 33
+    assert blocks[:, 2].tolist() == [work[0]]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("function", [_core.attention_work, twin], ids=["native", "twin"])
+@pytest.mark.parametrize("length", [16, 80, 130])
+def test_tiles_of_the_two_halves_of_a_block_take_turns(length, function, exact):
+    plan = leaves_under(112, 32, length)
+    work, _, segments = parts(plan, function=function, group=4, q_tile=128, workers=1, exact=exact)
+    for segment in segments[segments[:, 4] > 16]:
+        entries = work[segment[0] : segment[0] + 4 * segment[1]].reshape(-1, 4)
+        kinds = []
+        for first in range(0, len(entries), 4):
+            readers = [(int(e) & 0x7FFF, int(e) >> 16) for e in entries[first : first + 4, 2]]
+            low = any(begin < 16 for begin, end in readers if end > begin)
+            high = any(end > 16 for _, end in readers)
+            kinds.append("first" if not high else "second" if not low else "both")
+        private = [kind for kind in kinds if kind != "both"]
+        assert len(private) < 2 or len(set(private)) == 2
+        for before, after in zip(private[:-2], private[1:-1], strict=True):
+            assert before != after, "one half would wait"
+
+
+@pytest.mark.parametrize("function", [_core.attention_work, twin], ids=["native", "twin"])
+def test_rows_of_a_plan_that_is_no_tree_still_read_in_order(function):
+    """A node that rows of both halves read comes after one of a single row: nothing is moved."""
+    positions = np.full(32, 95, np.int32)
+    nodes = [(0, 32, 0, 1, [0, 1]), (0, 32, 1, 32, [2, 3]), (32, 64, 0, 32, [4, 5, 6, 7])]
+    plan = FakePlan.from_nodes(positions, nodes)
+    work, _, segments = parts(plan, function=function, group=4, q_tile=128, workers=1)
+    last = [-1] * 32
+    for segment in segments:
+        entries = work[segment[0] : segment[0] + 4 * segment[1]].reshape(-1, 4)
+        for _, pos, readers, size in entries.tolist():
+            for row in range(readers & 0x7FFF, readers >> 16) if size else ():
+                assert pos > last[segment[3] + row]
+                last[segment[3] + row] = pos
+
+
+def test_the_cuts_of_a_plan_do_not_depend_on_who_builds_it():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        counts = rng.integers(1, 60, 2)
+        plan = leaves_under(int(rng.integers(1, 6000)), int(counts.prod()) % 200 + 1, int(counts[0]))
+        options = {
+            "group": int(rng.integers(1, 17)), "q_tile": 64 << seed % 2,
+            "workers": int(rng.integers(1, 140)),
+        }  # fmt: skip
+        native, plain = (
+            parts(plan, function=function, **options)[0] for function in (_core.attention_work, twin)
+        )
+        np.testing.assert_array_equal(native, plain)
 
 
 @pytest.mark.parametrize("workers", [8, 33, 132])

@@ -73,6 +73,7 @@ class DeviceBatch:
         work: i32, on the device: what `prepare` wrote into host_work.
         host: i32 numpy, the whole buffer on the host, to be written before the transfer.
         host_work: its work section.
+        variant: which of the ways that `attend` has; set by `prepare`, kept by a captured call.
     """
 
     plan: Plan
@@ -89,6 +90,7 @@ class DeviceBatch:
     work: torch.Tensor
     host: np.ndarray
     host_work: np.ndarray
+    variant: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,8 @@ class DeviceAttention(AttentionBackend[DeviceBatch]):
 
     Attributes:
         supports_graphs: `attend` takes everything that changes between steps from `batch.work` and
-            buffers of its own, so that a captured call serves every later batch of as many rows.
+            buffers of its own, so that a captured call serves every later batch of as many rows
+            and the same variant.
         scratch_version: changed by `prepare` when those buffers moved; graphs captured before are
             dropped.
     """
@@ -153,6 +156,10 @@ class DeviceAttention(AttentionBackend[DeviceBatch]):
 
     def prepare(self, plan: Plan, batch: DeviceBatch) -> int:
         """Write the step's work into `batch.host_work` and return how many ints it takes.
+
+        A backend with several ways to run a batch, such as kernels for different tiles, chooses one
+        here by the plan and sets `batch.variant`: few small numbers, since each size of batch is
+        captured once for each. Left alone it is 0.
 
         Called once per step, before the metadata goes to the device and with the engine's stream
         current; it must not wait for the device. A number greater than `len(batch.host_work)` asks

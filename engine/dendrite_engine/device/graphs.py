@@ -13,6 +13,7 @@ _STEP_ABOVE = 32  # between larger buckets, where a cap above 256 asks for them
 _GROWTH = 3  # of the parts of a chain
 
 Graphs = tuple[torch.cuda.CUDAGraph, ...]
+GraphKey = tuple[int, int, int]  # rows, rows of logits, variant of the attention
 
 
 class Buckets:
@@ -62,13 +63,13 @@ class GraphCache:
 
     def __init__(self, *, is_on: bool, reason: str) -> None:
         self.is_on, self.reason = is_on, reason
-        self._graphs: dict[tuple[int, int], Graphs] = {}
+        self._graphs: dict[GraphKey, Graphs] = {}
         self._pool = torch.cuda.graph_pool_handle() if is_on else None
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def get(self, key: tuple[int, int]) -> Graphs | None:
+    def get(self, key: GraphKey) -> Graphs | None:
         """The graphs of a size in the order in which they run, if it was captured."""
         return self._graphs.get(key)
 
@@ -76,7 +77,7 @@ class GraphCache:
         """Drop all graphs: the buffers they know have moved. The device must be idle."""
         self._graphs.clear()
 
-    def capture(self, key: tuple[int, int], launches: Iterable[Callable[[], None]]) -> None:
+    def capture(self, key: GraphKey, launches: Iterable[Callable[[], None]]) -> None:
         """Capture what each of `launches` launches as a graph; nothing runs. All must have run
         once before, eagerly.
 

@@ -194,7 +194,7 @@ class DeviceRunner:
         return torch.empty(rows, static.shape[1], device=static.device)
 
     def _run_graph(self, batch: DeviceBatch, logits: torch.Tensor, logits_rows: int) -> None:
-        key = (batch.rows, logits_rows)
+        key = (batch.rows, logits_rows, batch.variant)
         graphs = self.state.graphs
         chain = graphs.get(key)
         if chain is not None:
