@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from dendrite_engine.errors import InvalidArgument
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from tree_cases import FakePlan, Segment, TreeCase, random_segments
 
-CUTS = [(64, 4, 1), (128, 33, 4), (128, 8, 8), (128, 132, 7), (64, 1, 3), (16, 7, 16)]  # q_tile, workers, group
+# q_tile, workers, group
+CUTS = [(64, 4, 1), (128, 33, 4), (128, 8, 8), (128, 132, 7), (64, 1, 3), (16, 7, 16)]
 
 
 def arguments(
@@ -193,15 +195,15 @@ def test_tiles_of_the_two_halves_of_a_block_take_turns(length, function, exact):
             kinds.append("first" if not high else "second" if not low else "both")
         private = [kind for kind in kinds if kind != "both"]
         assert len(private) < 2 or len(set(private)) == 2
-        for before, after in zip(private[:-2], private[1:-1], strict=True):
+        for before, after in pairwise(private[:-1]):
             assert before != after, "one half would wait"
 
 
 @pytest.mark.parametrize("function", [_core.attention_work, twin], ids=["native", "twin"])
 def test_rows_of_a_plan_that_is_no_tree_still_read_in_order(function):
-    """A node that rows of both halves read comes after one of a single row: nothing is moved."""
+    """What rows of both halves read comes after what those of one half read: nothing is moved."""
     positions = np.full(32, 95, np.int32)
-    nodes = [(0, 32, 0, 1, [0, 1]), (0, 32, 1, 32, [2, 3]), (32, 64, 0, 32, [4, 5, 6, 7])]
+    nodes = [(0, 32, 0, 16, [0, 1]), (0, 32, 16, 32, [2, 3]), (32, 64, 0, 32, [4, 5, 6, 7])]
     plan = FakePlan.from_nodes(positions, nodes)
     work, _, segments = parts(plan, function=function, group=4, q_tile=128, workers=1)
     last = [-1] * 32
@@ -216,14 +218,14 @@ def test_rows_of_a_plan_that_is_no_tree_still_read_in_order(function):
 def test_the_cuts_of_a_plan_do_not_depend_on_who_builds_it():
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        counts = rng.integers(1, 60, 2)
-        plan = leaves_under(int(rng.integers(1, 6000)), int(counts.prod()) % 200 + 1, int(counts[0]))
+        prefix, count, length = map(int, rng.integers(1, [6000, 200, 60]))
+        plan = leaves_under(prefix, count, length)
         options = {
             "group": int(rng.integers(1, 17)), "q_tile": 64 << seed % 2,
             "workers": int(rng.integers(1, 140)),
         }  # fmt: skip
         native, plain = (
-            parts(plan, function=function, **options)[0] for function in (_core.attention_work, twin)
+            parts(plan, function=f, **options)[0] for f in (_core.attention_work, twin)
         )
         np.testing.assert_array_equal(native, plain)
 

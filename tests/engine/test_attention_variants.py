@@ -1,0 +1,133 @@
+"""The tile of tree attention: chosen by the tree, kept by a captured pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from dendrite_engine import SamplingParams
+from dendrite_engine.attention import DEVICE_ATTENTION_BACKENDS, AttentionSetup
+from dendrite_engine.attention.device_tree import DeviceTreeAttention
+from dendrite_engine.device.graphs import GraphCache
+from dendrite_engine.device.metadata import Metadata
+from dendrite_engine.kernels.device_ops import DeviceKernels
+from dendrite_lab.bench.gpu_trees import parse_tree, plan_tree
+
+SETUP = AttentionSetup(
+    ops=DeviceKernels("twin", "test"), device=torch.device("cpu"), dtype=torch.bfloat16,
+    num_heads=32, num_kv_heads=8, head_dim=128, windows=frozenset((0,)), page_size=16,
+    max_rows=1024, graph_rows=256, deterministic=False, is_twin=True,
+)  # fmt: skip
+
+SHARED, PRIVATE = "1,64; 4096,16", "1,64; 16,512"
+
+
+def chosen(tree: str, **changes) -> int:
+    """The variant of a tree's decode step."""
+    backend = DEVICE_ATTENTION_BACKENDS.get("tree")(dataclasses.replace(SETUP, **changes))
+    plan = plan_tree(parse_tree(tree)).plan
+    metadata = Metadata(SETUP.max_rows, 1 << 20, SETUP.device)
+    batch = metadata.fill(plan, len(plan.positions))
+    assert batch.variant == 0
+    backend.prepare(plan, batch)
+    return batch.variant
+
+
+def test_long_prefixes_of_many_rows_keep_the_wide_tile_and_private_pages_do_not():
+    assert chosen(SHARED) == 0
+    assert chosen(PRIVATE) == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+def test_a_prompt_keeps_the_wide_tile(heads, head_dim):
+    assert chosen("prompt 512 after 512", num_heads=heads, head_dim=head_dim) == 0
+
+
+def test_small_heads_take_the_narrow_tile_unless_nearly_everything_is_shared():
+    assert chosen("1,64; 1024,16", head_dim=128) == 0
+    assert chosen("1,64; 1024,256", head_dim=64) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deterministic": True},
+        {"dtype": torch.float32},
+        {"head_dim": 256},
+        {"num_heads": 8 * 128},  # more queries of one row than a narrow tile has
+        {"max_rows": 16},
+    ],
+)
+def test_where_there_is_one_way_there_is_one_variant(changes):
+    tree = "1,16; 16,512" if "max_rows" in changes else PRIVATE
+    assert chosen(tree, **changes) == 0
+
+
+def attended(tree: str, variant: int, monkeypatch) -> torch.Tensor:
+    """Attention over random pages, by a variant of the twin."""
+    monkeypatch.setattr(DeviceTreeAttention, "_choose", lambda *_: variant)
+    backend = DEVICE_ATTENTION_BACKENDS.get("tree")(dataclasses.replace(SETUP, head_dim=64))
+    planned = plan_tree(parse_tree(tree))
+    rows = len(planned.plan.positions)
+    metadata = Metadata(SETUP.max_rows, 1 << 20, SETUP.device)
+    batch = metadata.fill(planned.plan, rows)
+    metadata.send(batch, backend.prepare(planned.plan, batch))
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((rows, 32, 64), *[(planned.num_pages, 8, 16, 64)] * 2)
+    )
+    out = torch.zeros_like(q)
+    backend.attend(q, k, v, batch, out, scale=0.125, window=0)
+    return out
+
+
+def test_both_variants_attend_alike(monkeypatch):
+    for tree in ("1,2,40; 100,30,20", "1,64; 600,8"):
+        wide, narrow = (attended(tree, variant, monkeypatch) for variant in (0, 1))
+        assert wide.abs().max() > 0.05
+        torch.testing.assert_close(wide, narrow, atol=1e-2, rtol=1e-2)
+
+
+class _Recorded:
+    """A graph that calls again what it would have captured."""
+
+    def __init__(self, launch) -> None:
+        self.replay = launch
+
+
+class _RecordedGraphs(GraphCache):
+    """Captures without a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(is_on=False, reason="")
+        self.is_on = True
+
+    def _captured(self, launch):
+        return _Recorded(launch)
+
+
+def test_a_size_is_captured_once_for_each_variant(make_engine, monkeypatch):
+    eager, engine = (
+        make_engine("llama-wide", device="cuda-twin", dtype="bfloat16") for _ in range(2)
+    )
+    graphs = engine._parts.runner.state.graphs = _RecordedGraphs()
+
+    def decode(engine, turn):
+        monkeypatch.setattr(DeviceTreeAttention, "_choose", lambda *_: next(turn))
+        branches = engine.prompt("one tile or the other ").fork(40)
+        engine.extend(branches, [[n] for n in range(40)])
+        results = engine.complete(branches, SamplingParams(max_tokens=8, ignore_eos=True))
+        engine.prune_all()
+        return [result.token_ids for result in results]
+
+    expected = decode(eager, itertools.repeat(0))
+    assert decode(engine, itertools.cycle([0, 1])) == expected
+    keys = [key for key in graphs._graphs if key[0] >= 40]
+    assert {key[2] for key in keys} == {0, 1}
+    assert len({key[:2] for key in keys}) < len(keys)
+    assert engine.stats().graph_steps > 0
