@@ -38,6 +38,7 @@ int32_t chunk_end(int32_t position) {
 struct Run {
   int32_t cell, node, from, to;
   int32_t row_begin, row_end;  // inside the block; inside the piece, once it is placed
+  int32_t old;                 // units of the node before the first with a token of this step
 };
 
 // Entries [begin, begin + count) for rows [row_begin, row_end) of one block, read by one worker. Its
@@ -100,14 +101,26 @@ class Builder {
   void visit_node(int32_t n) {
     const int32_t begin = plan_.node_row_begin[n], end = plan_.node_row_end[n];
     if (begin == end || plan_.node_len[n] == 0) return;
+    const int32_t old = old_units(n);
     for (int32_t b = begin / rows_per_block_; b <= (end - 1) / rows_per_block_; ++b) {
       const int32_t base = b * rows_per_block_;
-      visit_block(n, b, std::max(begin, base), std::min(end, base + rows_per_block_));
+      visit_block(n, b, std::max(begin, base), std::min(end, base + rows_per_block_), old);
     }
   }
 
+  // A row's own token is in the node that covers its position, among those that it reads.
+  int32_t old_units(int32_t n) const {
+    const int32_t pos = plan_.node_pos[n], len = plan_.node_len[n];
+    int32_t first = len + unit_;
+    for (int32_t r = plan_.node_row_begin[n]; r < plan_.node_row_end[n]; ++r) {
+      const int32_t at = plan_.positions[r] - pos;
+      if (at >= 0 && at < len) first = std::min(first, at);
+    }
+    return first / unit_;
+  }
+
   // What the rows [begin, end) of block b can see of node n.
-  void visit_block(int32_t n, int32_t b, int32_t begin, int32_t end) {
+  void visit_block(int32_t n, int32_t b, int32_t begin, int32_t end, int32_t old) {
     const auto [low, high] = std::minmax_element(plan_.positions + begin, plan_.positions + end);
     const int32_t pos = plan_.node_pos[n], stop = pos + plan_.node_len[n];
     int32_t from = cut_.window > 0 ? std::max(pos, *low - cut_.window + 1) : pos;
@@ -118,7 +131,7 @@ class Builder {
       const int32_t chunk = cut_.deterministic ? chunk_of(from) : 0;
       const int32_t cut = cut_.deterministic ? std::min(to, chunk_end(from)) : to;
       runs_.push_back({chunk, n, (from - pos) / unit_, (cut - pos + unit_ - 1) / unit_,
-                       begin - base, end - base});
+                       begin - base, end - base, old});
       run_block_.push_back(b);
       first_chunk_[b] = std::min(first_chunk_[b], chunk);
       last_chunk_[b] = std::max(last_chunk_[b], chunk);
@@ -172,7 +185,7 @@ class Builder {
         const int32_t end = std::min(run.row_end, piece.row_end);
         if (begin >= end) continue;
         placed.push_back({static_cast<int32_t>(i), run.node, run.from, run.to,
-                          begin - piece.row_begin, end - piece.row_begin});
+                          begin - piece.row_begin, end - piece.row_begin, run.old});
         piece.count += run.to - run.from;
       }
     }
@@ -300,8 +313,8 @@ class Builder {
       WorkEntry* to = out + next[run.cell];
       for (int32_t u = run.from; u < run.to; ++u, ++to) {
         const int32_t page = pages[u / units_per_page];
-        *to = {page * cut_.page_size + u % units_per_page * unit_, pos + u * unit_, rows,
-               std::min(unit_, len - u * unit_)};
+        *to = {page * cut_.page_size + u % units_per_page * unit_, pos + u * unit_,
+               rows | (u < run.old ? kOld : 0), std::min(unit_, len - u * unit_)};
       }
       next[run.cell] += run.to - run.from;
     }

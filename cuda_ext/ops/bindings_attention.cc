@@ -58,6 +58,7 @@ void tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_page
   params.kv_heads = kv_heads;
   params.pages = pages;
   params.group = heads / kv_heads;
+  params.group_inverse = group_inverse(params.group);
   params.page_shift = power_of_two_shift(call, "k_pages", page_size);
   params.window = int32_t(window);
   params.max_slots = int32_t(scratch.size(0) / (int64_t(kv_heads) * q_tile * (dim + 2)));

@@ -8,7 +8,8 @@
 namespace dendrite {
 namespace {
 
-constexpr int kMergeThreads = 128;
+constexpr int kMergeWarps = 4;
+constexpr int kMergeBlocks = 8;  // of a multiprocessor
 
 AttentionKernel find(const TreeAttentionShape& shape) {
   switch (shape.head_dim) {
@@ -43,6 +44,17 @@ void launch_attend(const AttentionKernel& kernel, const TreeAttentionParams& par
                 params);
 }
 
+// A warp for each query; where there are few, over as many multiprocessors as there are.
+void launch_merge(const AttentionKernel& kernel, const TreeAttentionParams& params,
+                  const TreeAttentionShape& shape, int rows, cudaStream_t stream) {
+  const int queries = int(work_blocks(rows, params.rows_per_block)) * shape.q_tile;
+  const int most = kMergeBlocks * num_multiprocessors();
+  const int warps = queries * params.kv_heads > most ? kMergeWarps : 1;
+  const int blocks = std::min(queries / warps, std::max(1, most / params.kv_heads));
+  launch_kernel(kernel.merge, dim3(blocks, params.kv_heads), dim3(warps * kWarpSize), 0, stream, true,
+                params, queries);
+}
+
 }  // namespace
 
 bool tree_attention_takes(const TreeAttentionShape& shape) {
@@ -61,11 +73,7 @@ void launch_tree_attention(const TreeAttentionParams& params, const TreeAttentio
                            int rows, int workers, cudaStream_t stream) {
   const AttentionKernel kernel = find(shape);
   launch_attend(kernel, params, shape, dim3(workers, params.kv_heads), stream);
-  const int values = params.group * shape.head_dim / 4;
-  const int parts = (values + kMergeThreads - 1) / kMergeThreads;
-  const bool few = int64_t{rows} * params.kv_heads * parts <= 4 * num_multiprocessors();
-  launch_kernel(few ? kernel.merge.of_few_rows : kernel.merge.of_many_rows,
-                dim3(rows, params.kv_heads, parts), dim3(kMergeThreads), 0, stream, true, params);
+  launch_merge(kernel, params, shape, rows, stream);
 }
 
 }  // namespace dendrite

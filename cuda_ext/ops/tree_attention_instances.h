@@ -3,6 +3,7 @@
 
 #include "dendrite/tree_attention.cuh"
 #include "dendrite/tree_attention_f32.cuh"
+#include "dendrite/tree_attention_merge.cuh"
 #ifndef DENDRITE_EMULATE
 #include "dendrite/tree_attention_tma.cuh"
 #endif
@@ -11,25 +12,15 @@
 
 namespace dendrite {
 
-struct MergeKernels {
-  void (*of_few_rows)(TreeAttentionParams);
-  void (*of_many_rows)(TreeAttentionParams);
-};
-
 struct AttentionKernel {
   void (*attend)(TreeAttentionParams);
-  MergeKernels merge;
+  void (*merge)(TreeAttentionParams, int);
   int threads, shared_bytes;
 #ifndef DENDRITE_EMULATE
   // Instead of `attend`: takes maps of the keys and of the values too.
   void (*attend_maps)(TreeAttentionParams, CUtensorMap, CUtensorMap) = nullptr;
 #endif
 };
-
-template <class T, int kQTile, int kDim>
-MergeKernels merge_kernels() {
-  return {merge_partials_kernel<T, kQTile, kDim, 16>, merge_partials_kernel<T, kQTile, kDim, 4>};
-}
 
 template <int kDim>
 AttentionKernel attention_kernel(const TreeAttentionShape& shape);
@@ -43,14 +34,14 @@ template <class T, int kDim, int kWarps>
 AttentionKernel tensor_core_kernel() {
   constexpr int kTile = kDim <= 128 ? kTileUnits : kTileUnits / 2;
   return {tree_attention_kernel<T, kDim, kWarps, kTile>,
-          merge_kernels<T, 16 * kWarps, kDim>(), kWarps * 32,
+          merge_partials_kernel<T, 16 * kWarps, kDim>, kWarps * 32,
           AttentionShared<kDim, kTile>::kBytes};
 }
 
 #ifndef DENDRITE_EMULATE
 template <class T, int kDim, int kGroups>
 AttentionKernel hopper_kernel() {
-  return {nullptr, merge_kernels<T, 64 * kGroups, kDim>(), 128 * (kGroups + 1),
+  return {nullptr, merge_partials_kernel<T, 64 * kGroups, kDim>, 128 * (kGroups + 1),
           AttentionSharedTma<kDim, kGroups>::kBytes, tree_attention_tma_kernel<T, kDim, kGroups>};
 }
 #endif
@@ -76,7 +67,7 @@ AttentionKernel attention_kernel(const TreeAttentionShape& shape) {
     case Dtype::kBF16: return tensor_core_kernel<bf16, kDim>(shape.q_tile);
     case Dtype::kF32: break;
   }
-  return {tree_attention_f32_kernel<kDim>, merge_kernels<float, 64, kDim>(),
+  return {tree_attention_f32_kernel<kDim>, merge_partials_kernel<float, 64, kDim>,
           128, AttentionSharedF32<kDim>::kBytes};
 }
 

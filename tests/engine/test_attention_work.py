@@ -82,7 +82,7 @@ def test_every_row_reads_its_positions_once_and_in_order(seed, workers, exact):
     for segment, entries in chains(work, len(plan.positions), q_tile, group):
         taken |= {int(segment[2])} if segment[2] >= 0 else set()
         for slot, pos, readers, length in entries.tolist():
-            for row in range(readers & 0xFFFF, readers >> 16):
+            for row in range(readers & 0x7FFF, readers >> 16):
                 seen[segment[3] + row] += [(pos + i, slot + i) for i in range(length)]
     assert sorted(taken) == list(range(slots))
     for row, position in enumerate(plan.positions.tolist()):

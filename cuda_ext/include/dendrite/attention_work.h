@@ -42,9 +42,13 @@ struct WorkSegment {
 struct WorkEntry {
   int32_t slot;   // page * page_size + offset of the first slot
   int32_t pos;    // position of that slot
-  uint32_t rows;  // readers inside the block: first | end << 16
+  uint32_t rows;  // readers inside the block: first | end << 16, and kOld
   int32_t len;    // valid slots 1..16; 0 = padding
 };
+
+// In WorkEntry::rows: no token of this step is among its slots, so that they may be read while the
+// kernel that stores the step's keys and values is still running.
+constexpr uint32_t kOld = 1u << 15;
 
 static_assert(sizeof(WorkSegment) == 32 && sizeof(WorkBlock) == 16 && sizeof(WorkEntry) == 16);
 

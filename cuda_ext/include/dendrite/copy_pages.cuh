@@ -12,8 +12,11 @@ constexpr int kCopyUnroll = 4;
 // Used slots of a head of a page lie side by side: one warp copies them. No page is both a source
 // and a destination, so the order doesn't matter. The grid may have any size: it is chosen when a
 // graph is captured, the number of copies when it is run.
+//
+// It never calls grid_dependency_launch(): everything behind it starts when it has ended. Attention
+// reads pages of earlier steps before its own wait, and with each kernel between the two letting the
+// next one start early, it could otherwise read a page that is still being copied.
 DENDRITE_KERNEL __launch_bounds__(kCopyThreads) copy_pages_kernel(CopyParams p) {
-  grid_dependency_launch();
   grid_dependency_wait();
   const int count = min(p.count[0], p.max_copies);
   const int warps = int(gridDim.x * (blockDim.x / kWarpSize));

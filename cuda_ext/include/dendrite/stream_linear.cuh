@@ -26,15 +26,19 @@ struct StreamShared {
   static constexpr int kStride = kColumns + 4;  // floats of a row of sums: stores hit all banks
   static constexpr int kSumsBytes = kRows * kStride * int(sizeof(float));
   static constexpr int kBarriersAt = kStages * kStageBytes;
-  static constexpr int kBytes = kBarriersAt + 2 * kStages * int(sizeof(Mbarrier)) + 1024;
+  static constexpr int kBytes = kBarriersAt + 2 * kStages * kMbarrierBytes + 1024;
   static_assert(kSumsBytes <= kBarriersAt && kStages >= 2);
 
   char* smem;
-  DENDRITE_DEVICE char* weights(int t) const { return smem + t % kStages * kStageBytes; }
-  DENDRITE_DEVICE char* x(int t) const { return weights(t) + kWeightBytes; }
+  DENDRITE_DEVICE SharedAddress weights(int t) const {
+    return shared_address(smem) + t % kStages * kStageBytes;
+  }
+  DENDRITE_DEVICE SharedAddress x(int t) const { return weights(t) + kWeightBytes; }
   DENDRITE_DEVICE float* sums() const { return reinterpret_cast<float*>(smem); }  // at the end
-  DENDRITE_DEVICE Mbarrier* full(int t) const { return barriers() + t % kStages * 2; }
-  DENDRITE_DEVICE Mbarrier* empty(int t) const { return full(t) + 1; }
+  DENDRITE_DEVICE SharedAddress full(int t) const {
+    return shared_address(smem) + kBarriersAt + t % kStages * 2 * kMbarrierBytes;
+  }
+  DENDRITE_DEVICE SharedAddress empty(int t) const { return full(t) + kMbarrierBytes; }
   static DENDRITE_DEVICE int parity(int t) { return t / kStages & 1; }
 
   DENDRITE_DEVICE void start_barriers() const {
@@ -43,11 +47,6 @@ struct StreamShared {
       mbarrier_init(empty(t), 4 * kGroups);  // one arrival of each warp
     }
     mbarrier_init_done();
-  }
-
- private:
-  DENDRITE_DEVICE Mbarrier* barriers() const {
-    return reinterpret_cast<Mbarrier*>(smem + kBarriersAt);
   }
 };
 

@@ -5,8 +5,8 @@
 // entries (16 slots of one page each) that some of those rows read. K and V of kTile entries are
 // loaded together by cp.async, two tiles deep, and used by all queries of the tile: a page is read
 // once per tile, whatever the tree. Each warp owns 16 queries and skips entries that none of them
-// reads. Softmax is updated entry by entry, a maximum only when it grew by more than kLazy,
-// so a row's sequence of operations is that of its own entries (see attention_work.h).
+// reads. Softmax is updated entry by entry, a maximum only where weights got too large, so a row's
+// sequence of operations is that of its own entries (see attention_work.h).
 #pragma once
 
 #include "tree_attention_rows.cuh"
@@ -18,8 +18,7 @@ struct AttentionShared {
   static constexpr int kStride = kDim + 8;  // elements; the pad keeps ldmatrix free of conflicts
   static constexpr int kTileBytes = kTile * kUnit * kStride * 2;
   static constexpr int kEntriesAt = 4 * kTileBytes;  // K and V, two stages
-  static constexpr int kPositionsAt = kEntriesAt + 4 * kTile * int(sizeof(WorkEntry));
-  static constexpr int kBytes = kPositionsAt + 128 * int(sizeof(int32_t));
+  static constexpr int kBytes = kEntriesAt + 4 * kTile * int(sizeof(WorkEntry));
 };
 
 template <class T, int kDim, int kWarps, int kTile>
@@ -80,20 +79,8 @@ class AttentionWarp {
   }
 
   DENDRITE_DEVICE void start(const WorkSegment& segment) {
-    rows_.start(p_, segment, first_query(),
-                reinterpret_cast<int32_t*>(smem_ + Shared::kPositionsAt));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = rows_.query(0, half);
-      const bool valid = i < rows_.num_queries();
-      const T* q = static_cast<const T*>(p_.q) + lane() % 4 * 2 +
-                   (valid ? query_offset(p_, segment.row_begin, i, head(), kDim) : 0);
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        q_[k][half] = valid ? *reinterpret_cast<const uint32_t*>(q + k * 16) : 0u;
-        q_[k][half + 2] = valid ? *reinterpret_cast<const uint32_t*>(q + k * 16 + 8) : 0u;
-      }
-    }
+    rows_.start(p_, segment, first_query());
+    rows_.load_queries(p_, segment.row_begin, head(), q_);
   }
 
   DENDRITE_DEVICE void load_entries(const WorkEntry* entries, int count, int t) {
@@ -158,8 +145,10 @@ class AttentionWarp {
     float s[1][2 * kTile][4];
     scores<kTile>(keys(t), s);
     if (!whole) rows_.template mask<kTile>(p_, ring(t), s);
-    if (any_sync(rows_.template grows<kTile>(p_.scale_log2, s))) return false;
-    rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile);
+    float sums[1][2] = {{rows_.l[0][0], rows_.l[0][1]}};
+    if (any_sync(rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile, sums))) return false;
+    rows_.l[0][0] = sums[0][0];
+    rows_.l[0][1] = sums[0][1];
     accumulate<kTile>(values(t), s);
     return true;
   }
@@ -169,7 +158,7 @@ class AttentionWarp {
     scores<1>(k, s);
     rows_.template mask<1>(p_, entry, s);
     rows_.template grow<1>(p_.scale_log2, s, 0);
-    rows_.template weigh<1>(p_.scale_log2, s, 0, 1);
+    rows_.template weigh<1>(p_.scale_log2, s, 0, 1, rows_.l);
     accumulate<1>(v, s);
   }
 

@@ -52,8 +52,8 @@ class AttentionBlockF32 {
       sync_block();
       load(entry);
       sync_block();
-      const int begin = int(entry.rows & 0xffff) * p_.group;
-      const int end = min(int(entry.rows >> 16) * p_.group, num_queries_);
+      const int begin = first_reader(entry) * p_.group;
+      const int end = min(end_of_readers(entry) * p_.group, num_queries_);
       for (int i = max(begin, warp_ * 16); i < min(end, warp_ * 16 + 16); ++i) attend(entry, i);
     }
     sync_block();
@@ -73,7 +73,7 @@ class AttentionBlockF32 {
     for (int i = threadIdx.x; i < kQueries; i += kThreads) {
       m_[i] = kMinusInf;
       l_[i] = 0.f;
-      position_[i] = i < num_queries_ ? p_.positions[row_begin_ + i / p_.group] : -1;
+      position_[i] = i < num_queries_ ? p_.positions[row_begin_ + row_of(p_, i)] : -1;
     }
   }
 
@@ -127,7 +127,7 @@ class AttentionBlockF32 {
       const int i = at / kDim, d = at % kDim;
       if (segment.slot < 0) {
         float* out = static_cast<float*>(p_.out) + query_offset(p_, row_begin_, i, head_, kDim);
-        out[d] = normalised(o_[at], l_[i]);
+        out[d] = o_[at] * inverse(l_[i]);
       } else {
         PartialView<kQueries, kDim>(p_, segment.slot, head_).o[segment.first_query * kDim + at] = o_[at];
       }

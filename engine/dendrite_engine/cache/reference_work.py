@@ -14,18 +14,22 @@ import numpy as np
 
 UNIT = 16  # slots of an entry
 TILE = 4  # entries that a kernel loads together
+OLD = 1 << 15  # among the readers of an entry: it holds no token of this step
 _MIN_TILES = 2
 _SEGMENT_COST = 2  # tiles that starting and ending a segment is worth
 
 
 class _Run(NamedTuple):
-    """Units [first, last) of a node, read by rows [begin, end) of one block."""
+    """Units [first, last) of a node, read by rows [begin, end) of one block; the node's units
+    before `old` hold no token of this step.
+    """
 
     node: int
     first: int
     last: int
     begin: int
     end: int
+    old: int
 
 
 @dataclass
@@ -76,15 +80,16 @@ def attention_work(
     cells: list[dict[int, list[_Run]]] = [{} for _ in range(-(-rows // rows_per_block))]
     for node in range(len(node_pos)):
         begin, end = int(node_row_begin[node]), int(node_row_end[node])
+        span = (int(node_pos[node]), int(node_len[node]))
+        old = _old_units(span, positions[begin:end], unit)
         for block in range(begin // rows_per_block, -(-end // rows_per_block)):
             low = max(begin, block * rows_per_block)
             high = min(end, (block + 1) * rows_per_block)
             if low < high:
                 seen = positions[low:high]
                 base = block * rows_per_block
-                span = (int(node_pos[node]), int(node_len[node]))
                 for chunk, first, last in _visible(span, seen, unit, window, deterministic):
-                    run = _Run(node, first, last, low - base, high - base)
+                    run = _Run(node, first, last, low - base, high - base, old)
                     cells[block].setdefault(chunk, []).append(run)
     blocks = [
         [first, min(max(len(positions) - first, 0), rows_per_block), 0, 0]
@@ -96,6 +101,13 @@ def attention_work(
         pieces = _cut(pieces, workers)
     segments = _deal(pieces, blocks, group, workers)
     return _write(blocks, segments, entries, out)
+
+
+def _old_units(span: tuple[int, int], readers: np.ndarray, unit: int) -> int:
+    """A row's own token is in the node that covers its position, among those that it reads."""
+    at = readers - span[0]
+    own = at[(at >= 0) & (at < span[1])]
+    return (int(own.min()) if len(own) else span[1] + unit) // unit
 
 
 def _visible(
@@ -156,7 +168,7 @@ def _entries(
             for u in range(run.first, run.last):
                 slot = int(pages[first_page + u // per_page]) * page_size + u % per_page * unit
                 left = int(node_len[run.node]) - u * unit
-                readers = run.begin | run.end << 16
+                readers = run.begin | run.end << 16 | (OLD if u < run.old else 0)
                 entries.append((slot, int(node_pos[run.node]) + u * unit, readers, min(unit, left)))
         if not runs:  # rows that read nothing of a chunk still have an empty partial result of it
             entries.append((0, 0, 0, 0))

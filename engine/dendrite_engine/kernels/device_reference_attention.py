@@ -39,7 +39,9 @@ class WorkList:
         return cls(blocks, work[end : end + 8 * int(work[1])].view(-1, 8), work)
 
     def entries(self, segment: list[int]) -> torch.Tensor:
-        """[E, 4] first slot in the pool, its position, readers (first | end << 16), length."""
+        """[E, 4] first slot in the pool, its position, readers (first | old << 15 | end << 16),
+        length.
+        """
         return self.work[segment[0] : segment[0] + 4 * segment[1]].view(-1, 4)
 
     def of_workers(self) -> list[list[list[int]]]:
@@ -105,7 +107,7 @@ def _block(
     at = (pos[:, None] + offset).flatten()  # [slots]
     valid = (offset[None] < length[:, None]).flatten()
     row = torch.arange(rows)[:, None]
-    reads = (row >= (readers & 0xFFFF)[None]) & (row < (readers >> 16)[None])
+    reads = (row >= (readers & 0x7FFF)[None]) & (row < (readers >> 16)[None])
     there = positions.cpu().long()[:, None]
     visible = reads.repeat_interleave(UNIT, 1) & valid[None] & (at[None] <= there)
     if window > 0:

@@ -1,0 +1,96 @@
+// What the warps of a block share in tree attention on Hopper: stages of K and V, the entries of their
+// tiles, and barriers.
+#pragma once
+
+#include "tma.cuh"
+#include "tree_attention_state.cuh"
+#include "wgmma.cuh"
+
+namespace dendrite {
+
+// What a tile's entries have in common, made once for all warps: in queries of the segment,
+// [begin, end) read all of it; from which position to which; and which warpgroups read some of it.
+struct TileSummary {
+  int32_t begin, end, low;
+  int32_t high;  // no row sees so far where some entry is not whole
+  static constexpr int kReadersAt = 16;  // bits of `begin` from which on the warpgroups follow
+
+  DENDRITE_DEVICE bool read_by(int group) const { return (begin >> (kReadersAt + group) & 1) != 0; }
+  DENDRITE_DEVICE int first() const { return begin & ((1 << kReadersAt) - 1); }
+};
+
+template <int kDim, int kGroups>
+struct AttentionSharedTma {
+  static constexpr int kTile = kDim == 64 && kGroups == 2 ? 8 : 4;  // entries
+  static constexpr int kStages = kTile == 8 ? 6 : kDim == 128 ? 3 * kGroups : 6;
+  static constexpr int kRing = kStages < 8 ? 8 : 16;  // tiles of entries: more than kStages
+  static constexpr int kPanels = kDim / 64;
+  static constexpr int kKeyPanelBytes = kTile * kUnit * 128;
+  static constexpr int kTileBytes = kPanels * kKeyPanelBytes;  // of K, and of V
+  static constexpr int kEntriesBytes = (kTile + 1) * int(sizeof(WorkEntry));  // and the summary
+  static constexpr int kBarriersAt = 2 * kStages * kTileBytes;
+  static constexpr int kEntriesAt = kBarriersAt + 4 * kStages * kMbarrierBytes;
+  static constexpr int kBytes = kEntriesAt + kRing * kEntriesBytes + 1024;  // room to align
+
+  // Where a tile is: tiles go through the stages in turn.
+  struct Place {
+    int tile = 0, stage = 0, parity = 0;
+    DENDRITE_DEVICE void step() {
+      ++tile;
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+    DENDRITE_DEVICE Place next() const {
+      Place place = *this;
+      place.step();
+      return place;
+    }
+  };
+
+  SharedAddress base;
+  DENDRITE_DEVICE SharedAddress keys(const Place& at) const {
+    return base + at.stage * 2 * kTileBytes;
+  }
+  DENDRITE_DEVICE SharedAddress values(const Place& at) const { return keys(at) + kTileBytes; }
+  DENDRITE_DEVICE SharedAddress entries(int tile) const {
+    return base + kEntriesAt + (tile & (kRing - 1)) * kEntriesBytes;
+  }
+  DENDRITE_DEVICE SharedAddress summary(int tile) const {
+    return entries(tile) + kTile * int(sizeof(WorkEntry));
+  }
+  DENDRITE_DEVICE SharedAddress keys_full(const Place& at) const {
+    return base + kBarriersAt + at.stage * 4 * kMbarrierBytes;
+  }
+  DENDRITE_DEVICE SharedAddress keys_empty(const Place& at) const {
+    return keys_full(at) + kMbarrierBytes;
+  }
+  DENDRITE_DEVICE SharedAddress values_full(const Place& at) const {
+    return keys_full(at) + 2 * kMbarrierBytes;
+  }
+  DENDRITE_DEVICE SharedAddress values_empty(const Place& at) const {
+    return keys_full(at) + 3 * kMbarrierBytes;
+  }
+
+  DENDRITE_DEVICE void start_barriers() const {
+    for (Place at; at.tile < kStages; at.step()) {
+      mbarrier_init(keys_full(at), 1);
+      mbarrier_init(values_full(at), 1);
+      mbarrier_init(keys_empty(at), 4 * kGroups);  // one arrival of each warp
+      mbarrier_init(values_empty(at), 4 * kGroups);
+    }
+    mbarrier_init_done();
+  }
+};
+
+DENDRITE_DEVICE WorkEntry work_entry(const uint4& words) {
+  return {int32_t(words.x), int32_t(words.y), words.z, int32_t(words.w)};
+}
+
+// read_segment in two loads.
+DENDRITE_DEVICE WorkSegment whole_segment(const TreeAttentionParams& p, int index) {
+  const int32_t* at = p.work + p.segments_at + 8 * index;
+  const uint4 a = load_16(at), b = load_16(at + 4);
+  return {int32_t(a.x), int32_t(a.y), int32_t(a.z), int32_t(a.w),
+          int32_t(b.x), int32_t(b.y), int32_t(b.z), int32_t(b.w)};
+}
+
+}  // namespace dendrite
