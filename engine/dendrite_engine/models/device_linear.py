@@ -29,9 +29,10 @@ SKINNY_LIMITS_WITHOUT_STREAM = ((8, 1 << 24), (16, 1 << 23))
 STREAM_LIMITS = ((64, 0), (128, 1 << 25))
 _SKINNY_INPUTS = 8  # it wants a multiple of this many inputs
 _STREAM_INPUTS, _STREAM_OUTPUTS = 64, 8
-# Deterministic: up to so many inputs, or with so many outputs, a product is not shared out over
-# blocks, so that it adds up as larger tiles of cuBLAS do. Others would take too long that way.
-_UNSPLIT_INPUTS, _MANY_OUTPUTS = 4096, 4096
+# Deterministic: up to so many inputs and with so many outputs, a product is not shared out over
+# blocks, so that it adds up as larger tiles of cuBLAS do. Others would take too long that way in
+# every step, and are multiplied 128 rows at a time in prompts.
+_UNSPLIT_INPUTS, _UNSPLIT_OUTPUTS = 4096, 4096
 _STREAM_TILE = 128  # rows
 _TILES = (2048, 1024, 512, 256, 128)  # candidates, largest first
 _PROBE_BYTES = 256 << 20  # of one probe's output
@@ -65,8 +66,8 @@ class DeviceLinear:
         if deterministic:
             self._skinny_rows = 0
             self._stream_rows = _STREAM_TILE if self._stream_rows else 0
-            is_short = self.weight.shape[1] <= _UNSPLIT_INPUTS
-            self._splits = int(is_short or self.weight.shape[0] >= _MANY_OUTPUTS)
+            outputs, inputs = self.weight.shape
+            self._splits = int(inputs <= _UNSPLIT_INPUTS and outputs >= _UNSPLIT_OUTPUTS)
             self.tiles = self._first_tiles()
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
