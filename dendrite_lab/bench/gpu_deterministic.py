@@ -1,4 +1,4 @@
-"""deterministic: what `deterministic=True` costs a decode step, and whether it holds.
+"""deterministic: what `deterministic=True` costs a decode step and a prompt, and whether it holds.
 
 Two engines with the same weights, the mode off and on, take turns. Then one branch is decoded again
 and again, greedily, beside random neighbours: other branches of the same tree and of another one,
@@ -48,6 +48,7 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
         }
         reports = {name: without_folders(engine.report()) for name, engine in engines.items()}
         rows = [_steps(shape, engines, args, count) for count in args.branches]
+        rows.append(_prompts(shape, engines, args))
         again = [
             _again(shape, name, engine, args, args.again if MODES[name] else -(-args.again // 5))
             for name, engine in engines.items()
@@ -75,18 +76,41 @@ def _steps(
                 branch.prune()
     for root in roots.values():
         root.prune()
-    off, on = (measure.spread(times[name]) for name in MODES)
     context = args.prefix + args.tokens // 2
     floor = shape.decode_floor_ms(count, args.prefix + count * args.tokens // 2, context)
+    return _row(f"decode step, {count} branches on {args.prefix} tokens", times, floor)
+
+
+def _prompts(shape: Shape, engines: dict[str, Engine], args: argparse.Namespace) -> dict[str, Any]:
+    """Time from a prompt that nobody has seen to its first token."""
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(args.repeats + 1):
+        ids = random_ids(shape, args.prefix, 1000 + number)
+        for name, engine in engines.items():
+            elapsed = seconds(functools.partial(_first_token, engine, ids))
+            if number:
+                times[name].append(elapsed * 1e3)
+    floor = shape.prefill_floor_ms(args.prefix)
+    return _row(f"prompt of {args.prefix} tokens to the first token", times, floor)
+
+
+def _first_token(engine: Engine, ids: list[int]) -> None:
+    branch = engine.prompt(ids)
+    engine.complete(branch, TOKENS.replace(max_tokens=1))
+    branch.prune()
+
+
+def _row(work: str, times: dict[str, list[float]], floor: float) -> dict[str, Any]:
+    off, on = (measure.spread(times[name]) for name in MODES)
     row = {
-        "work": f"decode step, {count} branches on {args.prefix} tokens",
+        "work": work,
         "unit": "ms",
         "off": off,
         "on": on,
         "slower_percent": round(100 * (on["median"] / off["median"] - 1), 1),
         "floor": round(floor, 3),
     }
-    say(f"{row['work']}: off {off['median']} ms, on {on['median']} ms")
+    say(f"{work}: off {off['median']} ms, on {on['median']} ms")
     return row
 
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from wide_models import WIDE
 
 from dendrite_engine import SamplingParams
 from dendrite_engine.ahead import foresee, pages_needed
 from dendrite_engine.cache import make_core
 from dendrite_engine.device.sampler import DeviceTokens
 from dendrite_engine.errors import DendriteError
+from wide_models import WIDE
 
 FREE = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True)
 MIXED = [

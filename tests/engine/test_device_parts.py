@@ -222,11 +222,33 @@ def test_the_matrix_and_the_rows_choose_the_kernel(shape, has_stream, kernels):
         assert linear.serves_silu_mul(rows) == (kernel != "torch")
 
 
-def test_other_types_and_fixed_tiles_go_to_torch():
-    full = DeviceLinearFactory(Recorder(has_stream=True), torch.float32)
-    fixed = DeviceLinearFactory(Recorder(has_stream=True), torch.bfloat16, deterministic=True)
-    for factory, dtype in ((full, torch.float32), (fixed, torch.bfloat16)):
-        assert not factory(torch.ones(256, 128, dtype=dtype)).serves_silu_mul(1)
+def test_fp32_goes_to_torch():
+    linear = DeviceLinearFactory(Recorder(has_stream=True), torch.float32)(torch.ones(256, 128))
+    assert not linear.serves_silu_mul(1)
+
+
+@pytest.mark.parametrize("has_stream", [False, True])
+def test_fixed_tiles_are_those_of_stream_linear_where_it_serves(has_stream):
+    ops = Recorder(has_stream=has_stream)
+    factory = DeviceLinearFactory(ops, torch.bfloat16, deterministic=True)
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    linear = factory(weight)
+    for rows, tiles in {64: 1, 192: 2, 320: 3}.items():
+        ops.asked.clear()
+        x, out = torch.ones(rows, 128).bfloat16(), torch.empty(rows, 256)
+        linear(x, out)
+        assert ops.asked == ["stream"] * tiles * has_stream
+        assert torch.allclose(out, (x.double() @ weight.double().T).float(), atol=1e-4)
+    factory.find_tiles(512, [])
+    assert linear.tiles[-1] == DEVICE_DETERMINISTIC_TILE
+    assert (128 in linear.tiles) or not has_stream
+
+
+def test_gates_that_add_up_otherwise_are_not_fused():
+    factory = DeviceLinearFactory(Recorder(has_stream=True), torch.bfloat16, deterministic=True)
+    assert factory(torch.ones(4096, 64).bfloat16()).serves_silu_mul(64)
+    assert not factory(torch.ones(4088, 64).bfloat16()).serves_silu_mul(64)
+    assert not factory(torch.ones(4096, 4160).bfloat16()).serves_silu_mul(64)
 
 
 # -- random weights ---------------------------------------------------------------------------

@@ -227,19 +227,12 @@ class TreeCore:
     def evict(self, n: int) -> int:
         """Free up to `n` cached pages; returns how many."""
         with self._lock:
-            if n < 0:
-                raise InvalidArgument(f"n must be at least 0 (pages to evict), got {n}")
-            count = min(n, len(self._tree.index.cached))
-            for _ in range(count):
-                self._tree.index.evict_one()
-            return count
+            return self._tree.index.evict(n)
 
     def peek_free(self, n: int) -> np.ndarray:
-        """The up to `n` free pages that will be taken next, in this order, i32."""
+        """See `reference_inspect.peek_free`."""
         with self._lock:
-            if n < 0:
-                raise InvalidArgument(f"n must be at least 0 (free pages), got {n}")
-            return np.array(self._tree.pool.free[::-1][:n], np.int32)
+            return inspect.peek_free(self._tree, n)
 
     # --- computing ---
 

@@ -6,7 +6,10 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from dendrite_engine.cache.reference_tree import Segment, SegmentTree
+from dendrite_engine.errors import InvalidArgument
 
 FREE, LIVE, CACHED = 0, 1, 2
 
@@ -16,6 +19,13 @@ def page_state(tree: SegmentTree, page: int) -> int:
     if tree.pool.refs[page] == 0:
         return FREE
     return CACHED if page in tree.index.cached else LIVE
+
+
+def peek_free(tree: SegmentTree, n: int) -> np.ndarray:
+    """The up to `n` free pages that will be taken next, in this order, i32."""
+    if n < 0:
+        raise InvalidArgument(f"n must be at least 0 (free pages), got {n}")
+    return np.array(tree.pool.free[::-1][:n], np.int32)
 
 
 def num_computed(tail: Segment) -> int:

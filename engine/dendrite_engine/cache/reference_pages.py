@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dendrite_engine.errors import InvalidArgument
+
 
 class PagePool:
     """Reference counts, per-page flags and the free list.
@@ -136,6 +138,15 @@ class PrefixIndex:
         It is a leaf: a page becomes cached after all pages below it.
         """
         self._free_cached(next(iter(self.cached)))
+
+    def evict(self, n: int) -> int:
+        """Free up to `n` cached pages; returns how many."""
+        if n < 0:
+            raise InvalidArgument(f"n must be at least 0 (pages to evict), got {n}")
+        count = min(n, len(self.cached))
+        for _ in range(count):
+            self.evict_one()
+        return count
 
     def _free_cached(self, page: int) -> None:
         del self.cached[page]

@@ -8,8 +8,9 @@ number of rows.
 cuBLAS picks its kernel, and with it the order in which the products of a row are added up, by the
 number of rows. At a fixed number of rows a row's bits depend neither on its place nor on the other
 rows. So the deterministic mode multiplies tiles of DEVICE_DETERMINISTIC_TILE rows, whatever stands
-in the rows that nobody needs. Larger tiles are used where a comparison at load time showed that
-they give bitwise the same rows, so that prompts do not pay for it.
+in the rows that nobody needs: by stream_linear where it serves, else by cuBLAS. Larger tiles of
+cuBLAS are used where a comparison at load time showed that they give bitwise the same rows, so that
+prompts do not pay for it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ SKINNY_LIMITS_WITHOUT_STREAM = ((8, 1 << 24), (16, 1 << 23))
 STREAM_LIMITS = ((64, 0), (128, 1 << 25))
 _SKINNY_INPUTS = 8  # it wants a multiple of this many inputs
 _STREAM_INPUTS, _STREAM_OUTPUTS = 64, 8
+# Deterministic: up to so many inputs and with so many outputs, a product is not shared out over
+# blocks, so that it adds up as larger tiles of cuBLAS do. Others would take too long that way in
+# every step, and are multiplied 128 rows at a time in prompts.
+_UNSPLIT_INPUTS, _UNSPLIT_OUTPUTS = 4096, 4096
+_STREAM_TILE = 128  # rows
 _TILES = (2048, 1024, 512, 256, 128)  # candidates, largest first
 _PROBE_BYTES = 256 << 20  # of one probe's output
 
@@ -50,12 +56,19 @@ class DeviceLinear:
         deterministic: bool = False,
     ) -> None:
         self.weight, self.bias = weight.contiguous(), bias
-        self.tiles: tuple[int, ...] = (DEVICE_DETERMINISTIC_TILE,) if deterministic else ()
         self._transposed = self.weight.t()
-        self._ops: Any = None if deterministic else ops
+        self._ops, self._deterministic = ops, deterministic
         self._skinny_rows, self._stream_rows = 0, 0
-        if self._ops is not None:
-            self._skinny_rows, self._stream_rows = _rows_of_kernels(self.weight, self._ops)
+        if ops is not None:
+            self._skinny_rows, self._stream_rows = _rows_of_kernels(self.weight, ops)
+        self._splits = 0  # of stream_linear: its own choice
+        self.tiles: tuple[int, ...] = ()
+        if deterministic:
+            self._skinny_rows = 0
+            self._stream_rows = _STREAM_TILE if self._stream_rows else 0
+            outputs, inputs = self.weight.shape
+            self._splits = int(inputs <= _UNSPLIT_INPUTS and outputs >= _UNSPLIT_OUTPUTS)
+            self.tiles = self._first_tiles()
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Multiply all rows.
@@ -69,15 +82,17 @@ class DeviceLinear:
         if rows <= self._skinny_rows:
             self._ops.skinny_linear(x, self.weight, self.bias, out)
         elif rows <= self._stream_rows:
-            self._ops.stream_linear(x, self.weight, self.bias, out)
-        elif not self.tiles or rows == self.tiles[-1]:
+            self._ops.stream_linear(x, self.weight, self.bias, out, 0, self._splits)
+        elif not self.tiles:
             self._multiply(x, out)
         else:
             self._multiply_tiles(x, out)
 
     def serves_silu_mul(self, rows: int) -> bool:
         """Whether `silu_mul` takes so many rows."""
-        return self.bias is None and rows <= max(self._skinny_rows, self._stream_rows)
+        if self.bias is not None or (self._deterministic and self._splits != 1):
+            return False  # shared out over blocks it may add up in another order than the product
+        return rows <= max(self._skinny_rows, self._stream_rows)
 
     def silu_mul(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Multiply and gate in one kernel; the weight holds the gates, then the ups.
@@ -89,14 +104,17 @@ class DeviceLinear:
         if x.shape[0] <= self._skinny_rows:
             self._ops.skinny_linear_silu_mul(x, self.weight, out)
         else:
-            self._ops.stream_linear_silu_mul(x, self.weight, out)
+            self._ops.stream_linear_silu_mul(x, self.weight, out, 0, self._splits)
 
     def _multiply_tiles(self, x: torch.Tensor, out: torch.Tensor) -> None:
         begin, rows = 0, x.shape[0]
         for tile in self.tiles:
             while rows - begin >= tile:
                 part = slice(begin, begin + tile)
-                self._multiply(x[part], out[part])
+                if tile <= self._stream_rows:
+                    self(x[part], out[part])
+                else:
+                    self._multiply(x[part], out[part])
                 begin += tile
 
     def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -115,8 +133,8 @@ class DeviceLinear:
         """
         outputs, inputs = self.weight.shape
         limit = min(max_rows, _PROBE_BYTES // (outputs * 4))
-        candidates = [tile for tile in _TILES if tile <= limit]
-        self.tiles = (DEVICE_DETERMINISTIC_TILE,)
+        self.tiles = self._first_tiles()
+        candidates = [tile for tile in _TILES if self.tiles[0] < tile <= limit]
         if not candidates:
             return self.tiles
         x = _random_rows(candidates[0], inputs, self.weight)
@@ -129,8 +147,14 @@ class DeviceLinear:
                 self._multiply(x[begin : begin + tile], found[begin : begin + tile])
             if torch.equal(found, expected):
                 equal.append(tile)
-        self.tiles = (*equal, DEVICE_DETERMINISTIC_TILE)
+        self.tiles = (*equal, *self.tiles)
         return self.tiles
+
+    def _first_tiles(self) -> tuple[int, ...]:
+        """The tiles that need no comparison."""
+        if self._stream_rows:  # a row of stream_linear has the same bits in every number of rows
+            return (_STREAM_TILE, DEVICE_DETERMINISTIC_TILE)
+        return (DEVICE_DETERMINISTIC_TILE,)
 
 
 def _rows_of_kernels(weight: torch.Tensor, ops: Any) -> tuple[int, int]:
@@ -176,8 +200,7 @@ class DeviceLinearFactory:
 
     def __init__(self, ops: Any, dtype: torch.dtype, *, deterministic: bool = False) -> None:
         self.deterministic = deterministic
-        serves = not deterministic and dtype != torch.float32
-        self._ops = ops if serves else None
+        self._ops = ops if dtype != torch.float32 else None
         self._made: list[DeviceLinear] = []
         self.reason = self._plain_reason()
 
