@@ -1,17 +1,15 @@
 """Times tree attention of several builds of the library beside each other, without FlashInfer.
 
-    python benchmarks/gpu/attention_times.py --libraries build/variants/a.so build/variants/b.so@64
+    python benchmarks/gpu/attention_times.py --libraries build/variants/a.so build/variants/b.so@1
 
-Each library is loaded by a process of its own. `a.so@64` takes tiles of 64 queries whatever the
-batch; `a.so:cuts.py` cuts the work by the `attention_work` of that file instead of the engine's
-Python twin. Times are medians of replays of a CUDA graph, in us (see gpu_timing); the relative
+Each library is loaded by a process of its own. `a.so@1` takes variant 1 of the backend whatever
+the tree. Times are medians of replays of a CUDA graph, in us (see gpu_timing); the relative
 error against fp32 attention on some rows is shown where it is larger than that of bf16.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -32,21 +30,18 @@ class Build(NamedTuple):
 
     text: str
     library: Path
-    cuts: Path | None
-    tile: int  # queries, or 0: as the engine chooses
+    variant: int | None  # None: as the engine chooses
 
     @classmethod
     def parse(cls, text: str) -> Build:
-        """From "library.so[:cuts.py][@tile]"."""
-        rest, _, tile = text.partition("@")
-        library, _, cuts = rest.partition(":")
-        return cls(text, Path(library), Path(cuts) if cuts else None, int(tile or 0))
+        """From "library.so[@variant]"."""
+        library, _, variant = text.partition("@")
+        return cls(text, Path(library), int(variant) if variant else None)
 
     @property
     def name(self) -> str:
         """What its column is called."""
-        cuts = f":{self.cuts.stem}" if self.cuts else ""
-        return f"{self.library.stem}{cuts}" + (f"@{self.tile}" if self.tile else "")
+        return self.library.stem + ("" if self.variant is None else f"@{self.variant}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -93,23 +88,13 @@ def measure(build: Build, args: argparse.Namespace) -> None:
 def _install(build: Build, device_ops: Any, gpu_ours: Any) -> None:
     """Make the engine's backend use this build."""
     from dendrite_engine.attention import device_tree
-    from dendrite_engine.cache import reference_work
 
     loaded = device_ops.load_cuda(build.library.resolve())
     if not loaded.loaded:
         raise SystemExit(f"{build.library}: {loaded.reason}")
     gpu_ours.device_kernels = lambda: device_ops.DeviceKernels("cuda", loaded.reason)
-    device_tree._work_builder = lambda: (reference_work.attention_work, "")
-    if build.cuts is not None:
-        spec = importlib.util.spec_from_file_location("cuts", build.cuts)
-        if spec is None or spec.loader is None:
-            raise SystemExit(f"{build.cuts} is no Python file")
-        cuts = importlib.util.module_from_spec(spec)
-        sys.modules["cuts"] = cuts
-        spec.loader.exec_module(cuts)
-        device_tree._work_builder = lambda: (cuts.attention_work, "")
-    if build.tile:
-        device_tree.DeviceTreeAttention._tile = lambda *_: build.tile
+    if build.variant is not None:
+        device_tree.DeviceTreeAttention._choose = lambda *_: build.variant
 
 
 def _child(text: str) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-// attention_work: a function of arrays, so that plans of either core and of tests can be given.
+// attention_work, attention_reads: functions of arrays, so that plans of either core and of tests can be given.
 #include <nanobind/stl/tuple.h>
 
 #include <tuple>
@@ -47,6 +47,25 @@ std::tuple<int64_t, int64_t, int64_t> attention_work(
   return {size.ints, size.slots, size.blocks};
 }
 
+int64_t attention_reads(nb::handle node_row_begin, nb::handle node_row_end,
+                        nb::handle node_page_indptr, int32_t rows_per_block) {
+  const ArrayArg<int32_t> begin(node_row_begin, "node_row_begin"),
+      end(node_row_end, "node_row_end"), indptr(node_page_indptr, "node_page_indptr");
+  same_size("node_row_end", end.size(), "node_row_begin", begin.size());
+  same_size("node_page_indptr", indptr.size(), "node_row_begin", begin.size() + 1);
+  if (rows_per_block < 1)
+    throw InvalidArgumentError("rows_per_block must be at least 1, got " +
+                               std::to_string(rows_per_block));
+  int64_t reads = 0;
+  for (size_t n = 0; n < begin.size(); ++n) {
+    const int32_t first = begin.data()[n], last = end.data()[n] - 1;
+    if (first < 0 || last < first) continue;
+    const int64_t blocks = last / rows_per_block - first / rows_per_block + 1;
+    reads += blocks * (int64_t{indptr.data()[n + 1]} - indptr.data()[n]);
+  }
+  return reads;
+}
+
 }  // namespace
 
 void bind_attention_work(nb::module_& m) {
@@ -54,6 +73,8 @@ void bind_attention_work(nb::module_& m) {
         "node_row_begin"_a, "node_row_end"_a, "node_page_indptr"_a, "page_indices"_a,
         "rows"_a, "page_size"_a, "group"_a, "q_tile"_a, "workers"_a, "window"_a, "deterministic"_a, "out"_a,
         docs::kAttentionWork);
+  m.def("attention_reads", &attention_reads, "node_row_begin"_a, "node_row_end"_a,
+        "node_page_indptr"_a, "rows_per_block"_a, docs::kAttentionReads);
 }
 
 }  // namespace dendrite

@@ -93,5 +93,7 @@ inline constexpr const char* kAttentionWork =
     "kv head, see the op tree_attention_workers; deterministic: cut at fixed positions.\n"
     "Writes int32 into `out` when they fit, nothing otherwise. Returns (ints needed, slots for\n"
     "partial results, blocks of rows). Layout: cuda_ext/include/dendrite/attention_work.h.";
+inline constexpr const char* kAttentionReads =
+    "Pages that blocks of so many rows read, summed over the blocks.";
 
 }  // namespace dendrite::docs

@@ -229,6 +229,14 @@ class TreeCore:
     def debug_unsealed(self) -> list[int]:
         """Return sealed pages that are rewritten after a rollback, since the last call."""
 
+def attention_reads(
+    node_row_begin: IntegerArray,
+    node_row_end: IntegerArray,
+    node_page_indptr: IntegerArray,
+    rows_per_block: int,
+) -> int:
+    """Pages that blocks of so many rows read, summed over the blocks; O(nodes)."""
+
 def attention_work(
     positions: IntegerArray,
     node_pos: IntegerArray,

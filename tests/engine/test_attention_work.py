@@ -11,6 +11,7 @@ import pytest
 
 from dendrite_engine import _core
 from dendrite_engine.cache.reference_cuts import chunk_of
+from dendrite_engine.cache.reference_work import attention_reads
 from dendrite_engine.cache.reference_work import attention_work as twin
 from dendrite_engine.errors import InvalidArgument
 
@@ -228,6 +229,20 @@ def test_the_cuts_of_a_plan_do_not_depend_on_who_builds_it():
             parts(plan, function=f, **options)[0] for f in (_core.attention_work, twin)
         )
         np.testing.assert_array_equal(native, plain)
+
+
+@pytest.mark.parametrize("rows_per_block", [1, 3, 8, 64])
+def test_reads_are_pages_by_blocks(rows_per_block):
+    for seed in range(5):
+        plan = TreeCase(random_segments(seed, count=30), seed=seed).plan
+        nodes = (plan.node_row_begin, plan.node_row_end, plan.node_page_indptr, rows_per_block)
+        read = {
+            (n, r // rows_per_block) for n, v in enumerate(plan.nodes()) for r in range(*v[2:4])
+        }
+        wanted = sum(len(plan.nodes()[n][4]) for n, _ in read)
+        assert _core.attention_reads(*nodes) == attention_reads(*nodes) == wanted
+    with pytest.raises(InvalidArgument, match="rows_per_block must be at least 1, got 0"):
+        _core.attention_reads(*nodes[:3], 0)
 
 
 @pytest.mark.parametrize("workers", [8, 33, 132])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from dendrite_engine.attention.base import Plan
@@ -36,7 +35,7 @@ class DeviceTreeAttention(DeviceAttention):
                 f"{', '.join(map(str, _HEAD_DIMS))}"
             )
         self._setup = setup
-        self._build, note = _work_builder()
+        self._build, self._reads, note = _work_builder()
         self._group = setup.num_heads // setup.num_kv_heads
         self._windows = sorted(setup.windows)
         like = torch.empty(1, dtype=setup.dtype, device=setup.device)
@@ -69,13 +68,9 @@ class DeviceTreeAttention(DeviceAttention):
         """
         if not self._max_reads or self._tile(rows) == 64:
             return 0
-        pages = (plan.node_page_indptr[1:] - plan.node_page_indptr[:-1]).astype(np.int64)
-        first, last = plan.node_row_begin, plan.node_row_end - 1
-        wide, narrow = 128 // self._group, 64 // self._group
-        once = int(pages.sum())
-        wide_reads = once + int(pages.dot(last // wide - first // wide))
-        narrow_reads = once + int(pages.dot(last // narrow - first // narrow))
-        return _NARROW if narrow_reads < self._max_reads * wide_reads else 0
+        nodes = plan.node_row_begin, plan.node_row_end, plan.node_page_indptr
+        wide, narrow = (self._reads(*nodes, tile // self._group) for tile in (128, 64))
+        return _NARROW if narrow < self._max_reads * wide else 0
 
     def _reserve(self, slots: int) -> None:
         """Scratch for so many partial results."""
@@ -141,12 +136,13 @@ class DeviceTreeAttention(DeviceAttention):
         return ints // len(self._windows) // 4 * 4
 
 
-def _work_builder() -> tuple[Callable[..., tuple[int, int, int]], str]:
-    """What cuts plans, and a note for the report when it is the slow twin."""
+def _work_builder() -> tuple[Callable[..., tuple[int, int, int]], Callable[..., int], str]:
+    """What cuts plans, what counts reads, and a note for the report when it is the slow twin."""
     try:
-        from dendrite_engine._core import attention_work
+        from dendrite_engine._core import attention_reads, attention_work
     except ImportError as error:
         from dendrite_engine.cache import reference_work
 
-        return reference_work.attention_work, f"; work lists are cut in Python ({error})"
-    return attention_work, ""
+        note = f"; work lists are cut in Python ({error})"
+        return reference_work.attention_work, reference_work.attention_reads, note
+    return attention_work, attention_reads, ""

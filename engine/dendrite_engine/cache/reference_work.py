@@ -1,4 +1,5 @@
-"""Twin of `_core.attention_work` in plain Python: the same list, cut the same way.
+"""Twin of `_core.attention_work` and `attention_reads` in plain Python: the same list, cut the same
+way.
 
 Layout and meaning: cuda_ext/include/dendrite/attention_work.h.
 """
@@ -37,6 +38,16 @@ class _Piece:
     row_end: int
     begin: int
     count: int
+
+
+def attention_reads(
+    node_row_begin: np.ndarray, node_row_end: np.ndarray, node_page_indptr: np.ndarray,
+    rows_per_block: int,
+) -> int:  # fmt: skip
+    """See `_core.attention_reads`."""
+    pages = np.diff(node_page_indptr).astype(np.int64)
+    blocks = (node_row_end - 1) // rows_per_block - node_row_begin // rows_per_block + 1
+    return int(pages.dot(np.where(node_row_end > node_row_begin, blocks, 0)))
 
 
 def attention_work(
