@@ -2,9 +2,9 @@
 // cuda_ext/include/dendrite/attention_work.h for its layout.
 //
 // Rows are taken in blocks that fill a tile of queries. A block reads the pages of its rows' nodes in
-// depth-first order, so each row meets its own pages in increasing position. The list of a block is
-// cut
-//  - by load: every worker gets about the same number of tiles, or
+// depth-first order, or what both halves of its rows read first (attention_order.h); either way each
+// row meets its own pages in increasing position. The list of a block is cut
+//  - by what cuts cost (attention_cuts.h): not at all, by rows, or along the tokens, or
 //  - at fixed absolute positions (deterministic): where a row is cut depends on positions alone.
 #pragma once
 
