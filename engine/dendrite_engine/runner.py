@@ -102,7 +102,7 @@ class ModelRunner:
         start = time.perf_counter()
         batch = ForwardBatch.build(plan)
         if len(plan.copies):
-            self._ops.copy_pages(self.pages.k, self.pages.v, plan.copies)
+            self.pages.copy(self._ops, plan.copies)
         logits = self.model.forward(batch, self.pages, self.attention, self._ops)
         self.steps += 1
         self.rows += plan.num_tokens

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from dendrite_engine.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from dendrite_engine.cache.formats.packed import PackedStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,14 @@ class PageShape:
     page_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class DenseStore:
+    """K and V of a pool of unquantised pages: tensors [num_layers, num_pages, ...]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
 class PageFormat(ABC):
     """A value type that answers size questions and allocates the tensors of a pool."""
 
@@ -39,9 +51,14 @@ class PageFormat(ABC):
         """Bytes of K and V of one page in all layers."""
         return self.bytes_per_token(shape) * shape.page_size
 
+    def ratio(self, shape: PageShape) -> float:
+        """How many times less memory a token takes than with 16-bit numbers."""
+        numbers = 2 * shape.num_layers * shape.kv_heads * shape.head_dim
+        return 2 * numbers / self.bytes_per_token(shape)
+
     @abstractmethod
-    def allocate(self, shape: PageShape) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uninitialised K and V tensors; the first dimensions are [num_layers, num_pages, ...]."""
+    def allocate(self, shape: PageShape) -> DenseStore | PackedStore:
+        """Memory for a pool, uninitialised on the CPU."""
 
 
 def pool_shape(
