@@ -100,10 +100,12 @@ void attend(Context& context, const Schedule& schedule, Address q, Address k, Ad
   tree_attention(context, schedule, call);
 }
 
-// A PackedPages.address: what dendrite_engine/kernels/packed.py has checked.
-PackedSide packed_side(const nb::tuple& a) {
-  if (a.size() != 13) throw std::invalid_argument("packed pages must be described by 13 numbers");
-  const auto at = [&](int i) { return nb::cast<int64_t>(a[i]); };
+// PackedPages.address: what dendrite_engine/kernels/packed.py has checked. Those of the first pages
+// follow behind the side's own.
+constexpr size_t kSideNumbers = 14;
+
+PackedSide packed_side(const nb::tuple& numbers, size_t begin) {
+  const auto at = [&](size_t i) { return nb::cast<int64_t>(numbers[begin + i]); };
   PackedSide side{};
   side.data = reinterpret_cast<uint8_t*>(at(0));
   side.pages = at(1);
@@ -117,6 +119,7 @@ PackedSide packed_side(const nb::tuple& a) {
   side.dim = int32_t(at(10));
   side.signs = reinterpret_cast<const float*>(at(11));
   side.mean = reinterpret_cast<const float*>(at(12));
+  side.first_index = reinterpret_cast<const int32_t*>(at(13));
   if (side.codec < 0 || side.codec >= kPackedCodecs)
     throw std::invalid_argument("codec " + std::to_string(side.codec) + " has no kernel");
   if (side.dim % kGroup != 0 || side.dim > kMaxPackedDim || side.page_size % kGroup != 0)
@@ -124,11 +127,27 @@ PackedSide packed_side(const nb::tuple& a) {
   return side;
 }
 
+struct PackedPages {
+  PackedSide side{}, first{};
+
+  explicit PackedPages(const nb::tuple& numbers) {
+    if (numbers.size() != kSideNumbers && numbers.size() != 2 * kSideNumbers)
+      throw std::invalid_argument("packed pages must be described by 14 or 28 numbers");
+    side = packed_side(numbers, 0);
+    if (numbers.size() == kSideNumbers) return;
+    first = packed_side(numbers, kSideNumbers);
+    side.first = &first;
+  }
+  PackedPages(const PackedPages&) = delete;
+  PackedPages& operator=(const PackedPages&) = delete;
+};
+
 void attend_packed(Context& context, const Schedule& schedule, Address q, const nb::tuple& keys,
                    const nb::tuple& values, Address out, int heads, float scale) {
-  const PackedSide k = packed_side(keys), v = packed_side(values);
+  const PackedPages k_pages(keys), v_pages(values);
+  const PackedSide& k = k_pages.side;
   AttentionCall call{floats(q), nullptr, nullptr, floats(out), heads,
-                     k.kv_heads, k.dim,  k.pages, scale,       &k, &v};
+                     k.kv_heads, k.dim,  k.pages, scale,       &k,    &v_pages.side};
   if (schedule.work * heads * k.dim < kReleaseWork) return tree_attention(context, schedule, call);
   const nb::gil_scoped_release release;
   tree_attention(context, schedule, call);
@@ -184,12 +203,13 @@ void rope_packed(Context& context, Address qkv, nb::handle positions, Address co
                  nb::handle slots, const nb::tuple& keys, const nb::tuple& values, Address q_out,
                  Address q_norm, Address k_norm, float eps, int64_t rows, int heads,
                  int64_t max_position) {
-  const PackedSide k = packed_side(keys), v = packed_side(values);
+  const PackedPages k_pages(keys), v_pages(values);
+  const PackedSide& k = k_pages.side;
   RopeRows call(qkv, positions, cos, sin, slots, q_out, q_norm, k_norm, eps, rows, heads, k.kv_heads,
                 k.dim);
   call.job.page_size = k.page_size;
   call.job.k_side = &k;
-  call.job.v_side = &v;
+  call.job.v_side = &v_pages.side;
   rope_store_kv(context, call.job, rows, max_position, k.pages * k.page_size);
 }
 

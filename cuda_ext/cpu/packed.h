@@ -39,7 +39,11 @@ struct PackedSide {
   int32_t page_size, kv_heads, dim;
   const float* signs;  // [kv_heads, dim] of the rotation, or null
   const float* mean;   // [kv_heads, dim] subtracted before storing, or null
+  // Pages with a place in `first_index` (not -1) lie there in `first`, in the basis of these codes.
+  const int32_t* first_index;
+  const PackedSide* first;
 
+  int32_t first_place(int64_t page) const { return first == nullptr ? -1 : first_index[page]; }
   uint8_t* codes_of(int64_t page, int64_t head) const {
     return data + page * page_stride + codes + head * head_stride;
   }

@@ -121,8 +121,8 @@ using PackedTiles = PackedTilesOf<C, std::make_integer_sequence<int, kScoreRows>
                                   std::make_integer_sequence<int, kValueRows>>;
 
 template <class C>
-void packed_score_page(const ChunkJob& job, int32_t page, int32_t next, int x, int rows, int column) {
-  const PackedSide& side = *job.k_side;
+void packed_score_page(const ChunkJob& job, const PackedSide& side, int32_t page, int32_t next, int x,
+                       int rows, int column) {
   const uint8_t* codes = side.codes_of(page, job.kv_head);
   const uint8_t* scales = side.scales_of(page, job.kv_head);
   const uint8_t* ahead = side.codes_of(next, job.kv_head);
@@ -135,18 +135,27 @@ void packed_score_page(const ChunkJob& job, int32_t page, int32_t next, int x, i
   }
 }
 
-template <class C>
+using ScorePage = void (*)(const ChunkJob&, const PackedSide&, int32_t, int32_t, int, int, int);
+constexpr ScorePage kScorePages[kPackedCodecs] = {
+    packed_score_page<Fp32Codec>, packed_score_page<Bf16Codec>, packed_score_page<Fp16Codec>,
+    packed_score_page<E4m3Codec>, packed_score_page<E5m2Codec>, packed_score_page<Mxfp8Codec>,
+    packed_score_page<Tq4Codec>,  packed_score_page<Tq3Codec>,  packed_score_page<Tq2Codec>,
+};
+
 void packed_score_run(const ChunkJob& job, const Run& run) {
   const int begin = run.row_begin * job.group, end = run.row_end * job.group;
   const int step = tile_rows(end - begin, kScoreRows);
   for (int i = 0; i < run.num_pages; ++i) {
     const int column = run.column + (i << job.page_shift);
     const int32_t* page = job.pages + run.page_begin + i;
-    const int32_t next = i + 1 < run.num_pages ? page[1] : page[0];
+    const int32_t place = job.k_side->first_place(page[0]);
+    const PackedSide& side = place < 0 ? *job.k_side : *job.k_side->first;
+    const int32_t here = place < 0 ? page[0] : place;
+    const int32_t next = place < 0 && i + 1 < run.num_pages ? page[1] : here;
     for (int x = begin; x < end; x += step) {
       const int stop = least(end, x + step);
       if (visible(job, x, stop, column, column + job.page_size))
-        packed_score_page<C>(job, page[0], next, x, stop - x, column);
+        kScorePages[side.codec](job, side, here, next, x, stop - x, column);
     }
   }
 }
@@ -204,42 +213,50 @@ void packed_value_rows(const ChunkJob& job, const ValuePages& pages, int x, int 
     packed_value_columns<C>(job, pages, r, 1, c0, end - c0, least(job.hi[r], c1) - c0);
 }
 
-template <class C>
+using ValueRows = void (*)(const ChunkJob&, const ValuePages&, int, int, int, int);
+constexpr ValueRows kRowsOfValues[kPackedCodecs] = {
+    packed_value_rows<Fp32Codec>, packed_value_rows<Bf16Codec>, packed_value_rows<Fp16Codec>,
+    packed_value_rows<E4m3Codec>, packed_value_rows<E5m2Codec>, packed_value_rows<Mxfp8Codec>,
+    packed_value_rows<Tq4Codec>,  packed_value_rows<Tq3Codec>,  packed_value_rows<Tq2Codec>,
+};
+
+// The pages of a run from `i` on that are alike: first pages or not. Returns how many.
+int value_stretch(const ChunkJob& job, const Run& run, int i, ValuePages* pages) {
+  const PackedSide& v = *job.v_side;
+  const int32_t* ids = job.pages + run.page_begin + i;
+  const bool is_first = v.first_place(ids[0]) >= 0;
+  const PackedSide& side = is_first ? *v.first : v;
+  int count = 0;
+  for (; i + count < run.num_pages; ++count) {
+    const int32_t place = v.first_place(ids[count]);
+    if ((place >= 0) != is_first) break;
+    const int32_t page = is_first ? place : ids[count];
+    pages->codes[count] = side.codes_of(page, job.kv_head);
+    pages->scales[count] = side.scales_of(page, job.kv_head);
+  }
+  return count;
+}
+
 void packed_value_run(const ChunkJob& job, const Run& run) {
-  const PackedSide& side = *job.v_side;
   const int begin = run.row_begin * job.group, end = run.row_end * job.group;
   const int step = tile_rows(end - begin, kValueRows);
   ValuePages pages;
-  for (int i = 0; i < run.num_pages; ++i) {
-    const int32_t page = job.pages[run.page_begin + i];
-    pages.codes[i] = side.codes_of(page, job.kv_head);
-    pages.scales[i] = side.scales_of(page, job.kv_head);
+  for (int i = 0, count; i < run.num_pages; i += count) {
+    const bool is_first = job.v_side->first_place(job.pages[run.page_begin + i]) >= 0;
+    count = value_stretch(job, run, i, &pages);
+    const ValueRows rows = kRowsOfValues[(is_first ? job.v_side->first : job.v_side)->codec];
+    const int c0 = run.column + (i << job.page_shift), c1 = c0 + (count << job.page_shift);
+    for (int x = begin; x < end; x += step) rows(job, pages, x, least(end, x + step) - x, c0, c1);
   }
-  const int c1 = run.column + (run.num_pages << job.page_shift);
-  for (int x = begin; x < end; x += step)
-    packed_value_rows<C>(job, pages, x, least(end, x + step) - x, run.column, c1);
 }
 
-using PackedRun = void (*)(const ChunkJob&, const Run&);
-constexpr PackedRun kScoreRuns[kPackedCodecs] = {
-    packed_score_run<Fp32Codec>, packed_score_run<Bf16Codec>, packed_score_run<Fp16Codec>,
-    packed_score_run<E4m3Codec>, packed_score_run<E5m2Codec>, packed_score_run<Mxfp8Codec>,
-    packed_score_run<Tq4Codec>,  packed_score_run<Tq3Codec>,  packed_score_run<Tq2Codec>,
-};
-constexpr PackedRun kValueRuns[kPackedCodecs] = {
-    packed_value_run<Fp32Codec>, packed_value_run<Bf16Codec>, packed_value_run<Fp16Codec>,
-    packed_value_run<E4m3Codec>, packed_value_run<E5m2Codec>, packed_value_run<Mxfp8Codec>,
-    packed_value_run<Tq4Codec>,  packed_value_run<Tq3Codec>,  packed_value_run<Tq2Codec>,
-};
-
 void attend_packed_chunk(const ChunkJob& job) {
-  const PackedRun score = kScoreRuns[job.k_side->codec], value = kValueRuns[job.v_side->codec];
-  for (int i = 0; i < job.num_runs; ++i) score(job, job.runs[i]);
+  for (int i = 0; i < job.num_runs; ++i) packed_score_run(job, job.runs[i]);
   for (int x = 0; x < job.num_q; ++x)
     if (job.lo[x] < job.hi[x])
       softmax_row(job.scores + int64_t(x) * kScoreStride, job.lo[x], job.hi[x], job.m + x, job.l + x);
   __builtin_memset(job.acc, 0, sizeof(float) * job.num_q * job.dim);
-  for (int i = 0; i < job.num_runs; ++i) value(job, job.runs[i]);
+  for (int i = 0; i < job.num_runs; ++i) packed_value_run(job, job.runs[i]);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ DENDRITE_INLINE void hadamard(float* x, int dim) {
 }
 
 void rotate(const float* x, const float* signs, int dim, bool back, float* out) {
-  const float norm = 1.0f / __builtin_sqrtf(float(dim));
+  const float norm = float(1.0 / __builtin_sqrt(double(dim)));
   for (int d = 0; d < dim; ++d) out[d] = back ? x[d] : x[d] * signs[d];
   hadamard(out, dim);
   for (int d = 0; d < dim; ++d) out[d] = back ? out[d] * norm * signs[d] : out[d] * norm;
@@ -193,19 +193,12 @@ void put_codes(uint8_t* page, bool is_key, int slot, int dim, const int32_t* cod
   }
 }
 
-void store_packed(const PackedSide& side, bool is_key, int64_t slot, int head, const float* x,
-                  float* scratch) {
-  const int dim = side.dim, offset = int(slot % side.page_size);
-  const int64_t page = slot / side.page_size;
-  const int64_t row = int64_t(head) * dim;
+void put_vector(const PackedSide& side, bool is_key, int64_t page, int offset, int head,
+                const float* x, const float* signs, float* scratch) {
+  const int dim = side.dim;
   int32_t codes[kMaxPackedDim];
   Quantised out{codes, {}};
-  if (side.mean != nullptr) {
-    float* centred = scratch + 2 * dim;
-    for (int d = 0; d < dim; ++d) centred[d] = x[d] - side.mean[row + d];
-    x = centred;
-  }
-  quantise(side, x, side.signs == nullptr ? nullptr : side.signs + row, scratch, out);
+  quantise(side, x, signs, scratch, out);
   uint8_t* to = side.codes_of(page, head);
   switch (kCodecBits[side.codec]) {
     case 32: put_codes<32>(to, is_key, offset, dim, codes); break;
@@ -219,6 +212,25 @@ void store_packed(const PackedSide& side, bool is_key, int64_t slot, int head, c
   const int width = kScaleBytes[side.codec];
   for (int i = 0; width > 0 && i < dim / scale_span(side.codec, dim); ++i)
     __builtin_memcpy(strip + (i * side.page_size + offset) * width, &out.scale[i], width);
+}
+
+void store_packed(const PackedSide& side, bool is_key, int64_t slot, int head, const float* x,
+                  float* scratch) {
+  const int dim = side.dim, offset = int(slot % side.page_size);
+  const int64_t page = slot / side.page_size, row = int64_t(head) * dim;
+  const float* signs = side.signs == nullptr ? nullptr : side.signs + row;
+  if (side.mean != nullptr) {
+    float* centred = scratch + 2 * dim;
+    for (int d = 0; d < dim; ++d) centred[d] = x[d] - side.mean[row + d];
+    x = centred;
+  }
+  const int32_t place = side.first_place(page);
+  if (place < 0) return put_vector(side, is_key, page, offset, head, x, signs, scratch);
+  if (signs != nullptr) {
+    rotate(x, signs, dim, false, scratch + 3 * dim);
+    x = scratch + 3 * dim;
+  }
+  put_vector(*side.first, is_key, place, offset, head, x, nullptr, scratch);
 }
 
 }  // namespace

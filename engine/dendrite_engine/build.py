@@ -123,6 +123,7 @@ def build_parts(model: str | Path, config: EngineConfig) -> Parts:
         debug=config.debug,
         implementation=config.core,
     )
+    side.pages.page_state = core.page_state
     guard = PageGuard(side.pages) if config.debug else None
     trace = Trace()
     decoder = Decoder(
@@ -172,6 +173,7 @@ def _build_cpu(request: DeviceRequest) -> CpuParts:
         unit,
         dict(config.kv_layers),
         load_key_mean(request.path, unit) if config.kv_center else None,
+        config.kv_first_page,
     )
     shape = pool_shape(page_format, unit, config.num_pages, config.kv_bytes(DEFAULT_CPU_BYTES))
     ops, attention = _kernels(config)

@@ -55,6 +55,9 @@ class EngineConfig:
             says which to take when. The last eight need a page_size that is a multiple of 16.
         kv_layers: another kv_format for single layers, for example {0: "bf16", -1: "bf16"}; -1 is
             the last layer.
+        kv_first_page: another kv_format for the pages that hold position 0 ("bf16", an 8-bit
+            format), or None. Attention rests on the first tokens, so errors there cost most. There
+            is room for one such page in 16.
         kv_center: subtract each head's mean K, as found once by `dendrite-lab calibrate MODEL`,
             before it is quantised.
         kv_budget: bytes for pages, or "auto": 1 GiB on CPU; on CUDA nine tenths of the memory that
@@ -82,6 +85,7 @@ class EngineConfig:
     dtype: str = "auto"
     kv_format: str = "auto"
     kv_layers: Mapping[int, str] = field(default_factory=dict)
+    kv_first_page: str | None = None
     kv_center: bool = False
     kv_budget: int | str = "auto"
     num_pages: int | None = None

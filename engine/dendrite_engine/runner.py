@@ -101,8 +101,7 @@ class ModelRunner:
         """See Runner.run."""
         start = time.perf_counter()
         batch = ForwardBatch.build(plan)
-        if len(plan.copies):
-            self.pages.copy(self._ops, plan.copies)
+        self.pages.begin(plan, self._ops)
         logits = self.model.forward(batch, self.pages, self.attention, self._ops)
         self.steps += 1
         self.rows += plan.num_tokens

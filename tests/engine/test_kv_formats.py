@@ -8,7 +8,7 @@ import torch
 from dendrite_engine import SamplingParams
 from dendrite_engine.cache.formats.choice import format_names
 from dendrite_engine.cache.key_mean import save_key_mean
-from dendrite_engine.errors import IntegrityError, InvalidArgument, UnknownName
+from dendrite_engine.errors import IntegrityError, InvalidArgument, OutOfPages, UnknownName
 from dendrite_engine.kernels.packed import PackedPages
 
 FORMATS = [*(name for name in format_names() if name not in ("fp32", "mxfp8")), "tq4/fp32"]
@@ -30,8 +30,14 @@ def stored_bytes(engine, branch) -> list[torch.Tensor]:
     for sides in engine._parts.pages.views():
         for side in sides:
             assert isinstance(side, PackedPages)
+            if side.first is not None:
+                place = side.first_index[int(pages[0])].long()[None]
+                assert place >= 0
+                begun = side.first.stored(place).transpose(1, 2).flatten(0, 1)
+                found.append(begun[:computed])
             for part in side.read(torch.from_numpy(pages).long()):
-                tokens = part.transpose(1, 2).flatten(0, 1)[:computed]
+                skipped = 0 if side.first is None else engine.config.page_size
+                tokens = part.transpose(1, 2).flatten(0, 1)[skipped:computed]
                 found.append(tokens)
     return found
 
@@ -64,6 +70,43 @@ def test_forks_equal_linear_generation_in_tokens_logprobs_and_bytes(make_engine,
     forks, results = _forked(engine, prefix, tail)
     alone = make_engine(deterministic=True, kv_format=name, prefix_cache=False)
     _assert_linear(engine, forks, results, alone, prefix, tail)
+
+
+@pytest.mark.parametrize("first", ["bf16", "fp8_e4m3"])
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_forks_inside_the_first_page_equal_linear_generation(make_engine, first, page_size):
+    """Every offset forks inside page 0, so that copies of first pages are made."""
+    options = {"kv_format": "tq4", "kv_first_page": first, "page_size": page_size}
+    engine = make_engine(deterministic=True, **options)
+    forks, results = _forked(engine, _ids(3), _ids(max(OFFSETS)))
+    assert engine.stats().cow_copies > 3
+    alone = make_engine(deterministic=True, prefix_cache=False, **options)
+    _assert_linear(engine, forks, results, alone, _ids(3), _ids(max(OFFSETS)))
+
+
+def test_places_of_first_pages_are_taken_back(make_engine):
+    engine = make_engine(kv_format="tq4", kv_first_page="bf16", num_pages=64, prefix_cache=False)
+    first = engine._parts.pages.store.first
+    assert len(first.data) == 8
+    for round_ in range(6):
+        branches = [engine.prompt(_ids(20 + round_ + i)) for i in range(5)]
+        engine.complete(branches, GREEDY)
+        for branch in branches:
+            branch.prune()
+    branches = [engine.prompt(_ids(60 + i)) for i in range(8)]
+    assert int((first.index >= 0).sum()) == 8
+    with pytest.raises(OutOfPages, match="first pages"):
+        engine.prompt(_ids(9))
+    branches[0].prune()
+    assert engine.complete([engine.prompt(_ids(9))], GREEDY)[0].finish_reason == "length"
+
+
+def test_a_budget_holds_the_first_pages_too(make_engine):
+    options = {"num_pages": None, "kv_budget": "1MiB", "kv_format": "tq4"}
+    plain = make_engine(**options).stats()
+    stats = make_engine(kv_first_page="bf16", **options).stats()
+    assert stats.pages_total < plain.pages_total
+    assert (1 << 20) - stats.page_bytes * 6 < stats.bytes_total <= 1 << 20
 
 
 @pytest.mark.parametrize("name", ["tq4", "tq3", "fp8_e4m3", "k8v4"])
@@ -206,6 +249,7 @@ def test_calibrated_means_are_read_from_the_model_folder(make_engine, tiny_model
         ({"kv_format": "mxfp8"}, InvalidArgument, "multiple of 32; this model's is 16"),
         ({"kv_layers": {3: "tq4"}}, InvalidArgument, "names layer 3, but the model has 3 layers"),
         ({"kv_layers": {0: "int1"}}, UnknownName, "int1"),
+        ({"kv_format": "tq4", "kv_first_page": "tq3"}, InvalidArgument, "is coarser"),
         ({"kv_layers": ["tq4"]}, InvalidArgument, "kv_layers must map"),
         ({"device": "cuda-twin", "kv_format": "tq4"}, InvalidArgument, "has no GPU kernels"),
         ({"device": "cuda-twin", "kv_layers": {0: "bf16"}}, InvalidArgument, "no GPU kernels"),

@@ -104,6 +104,18 @@ def test_a_mean_taken_off_the_keys_changes_no_weight(ops, name):
     check(ops, PackedCase(TreeCase(random_segments(4), head_dim=64), name, mean))
 
 
+@pytest.mark.parametrize("first", ["bf16", "fp8_e4m3", "fp32/mxfp8"])
+@pytest.mark.parametrize("name", ["tq4", "tq3", "k8v4", "fp8_e5m2"])
+def test_first_pages_are_read_in_their_own_format(ops, name, first):
+    segments = random_segments(12, count=9)
+    mean = torch.linspace(-1, 1, 128).reshape(1, 2, 64)
+    packed = PackedCase(TreeCase(segments, head_dim=64), name, mean, first)
+    assert int((packed.store.first.index >= 0).sum()) >= 1
+    check(ops, packed)
+    plain = PackedCase(TreeCase(segments, head_dim=64), name, mean)
+    assert not torch.equal(attend(ops, packed), attend(ops, plain))
+
+
 @pytest.mark.parametrize("name", NAMES + PAIRS)
 @pytest.mark.parametrize("tree", list(TREES))
 def test_a_row_is_the_same_bits_alone_and_for_every_thread_count(isa, name, tree):

@@ -72,6 +72,21 @@ def test_every_size_stores_the_bytes_of_the_twin(native, reference, name, head_d
     assert torch.equal(pools[0].data, pools[1].data)
 
 
+@pytest.mark.parametrize("first", ["bf16", "fp16", "fp32", "mxfp8"])
+@pytest.mark.parametrize("name", ["tq4", "tq2", "fp8_e4m3", "k8v4"])
+def test_first_pages_get_the_bytes_of_the_twin_and_the_others_none(native, reference, name, first):
+    mean = torch.linspace(-2, 2, 128).reshape(1, 2, 64)
+    pools = [make_store(name, num_pages=4, mean=mean, first=first) for _ in range(2)]
+    for ops, pool in zip((native, reference), pools, strict=True):
+        pool.first.index[2] = 3
+        store(ops, pool, make_rows(40, 64, "outliers"), range(20, 60), 64)
+    assert torch.equal(pools[0].data, pools[1].data)
+    assert torch.equal(pools[0].first.data, pools[1].first.data)
+    assert (pools[0].data[2] == 255).all()
+    assert (pools[0].first.data[:3] == 255).all()
+    assert not (pools[0].first.data[3] == 255).all()
+
+
 @pytest.mark.parametrize("name", ["tq4", "fp8_e4m3"])
 def test_the_mean_is_taken_off_keys_only(native, reference, name):
     mean = torch.linspace(-2, 2, 128).reshape(1, 2, 64)

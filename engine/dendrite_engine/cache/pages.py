@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 
 from dendrite_engine.cache.formats import PageFormat, PageShape
 from dendrite_engine.cache.formats.base import DenseStore
 from dendrite_engine.cache.formats.packed import PackedStore
 from dendrite_engine.errors import IntegrityError, InvalidArgument
-from dendrite_engine.kernels.base import IntArray, Pages
+from dendrite_engine.kernels.base import Pages
 
 
 class KVPages:
@@ -24,6 +25,7 @@ class KVPages:
         shape: sizes of the pool.
         format: how a page stores K and V.
         store: the memory; a page id indexes all layers.
+        page_state: asks the core for the state of every page, 0 for free; set by who has a core.
         stream: the CUDA stream in whose order pages are read and written; None on a CPU.
     """
 
@@ -32,6 +34,7 @@ class KVPages:
     ) -> None:
         self.format, self.shape, self.stream = page_format, shape, stream
         self.store = page_format.allocate(shape)
+        self.page_state: Callable[[], np.ndarray] | None = None
 
     @property
     def k(self) -> torch.Tensor:
@@ -56,7 +59,7 @@ class KVPages:
     @property
     def total_bytes(self) -> int:
         """Bytes of the whole pool."""
-        return self.page_bytes * self.shape.num_pages
+        return self.format.pool_bytes(self.shape)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer of unquantised pages, [num_pages, kv_heads, ...]."""
@@ -70,12 +73,15 @@ class KVPages:
         """K and V of every layer, as the kernels of the CPU path take them."""
         return self.store.layers if isinstance(self.store, PackedStore) else self.layers()
 
-    def copy(self, ops: Any, copies: IntArray) -> None:
-        """Copy pages (source, destination, used slots) i32 [C, 3] in all layers."""
+    def begin(self, plan: Any, ops: Any) -> None:
+        """What has to be done before a plan's rows are stored: places for first pages, copies."""
         if isinstance(self.store, PackedStore):
-            ops.copy_packed(self.store.data, copies)
-        else:
-            ops.copy_pages(self.k, self.v, copies)
+            if self.store.first is not None:
+                self.store.first.prepare(plan, self.page_state)
+            if len(plan.copies):
+                ops.copy_packed(self.store.data, plan.copies)
+        elif len(plan.copies):
+            ops.copy_pages(self.k, self.v, plan.copies)
 
     def poison(self, page_ids: list[int]) -> None:
         """Fill pages, so that reading a slot nobody wrote cannot go unnoticed: K with NaN; V too on
@@ -88,6 +94,8 @@ class KVPages:
                 index = torch.tensor(sorted(set(page_ids)), dtype=torch.int64)
                 if isinstance(self.store, PackedStore):
                     self.store.data.index_fill_(0, index, 255)
+                    if (first := self.store.first) is not None:
+                        first.data.index_fill_(0, first.rows(index), 255)
                     return
                 index = index.to(self.k.device)
                 self.k.index_fill_(1, index, float("nan"))
@@ -105,7 +113,9 @@ class KVPages:
     def _page(self, page_id: int) -> list[torch.Tensor]:
         """The bytes of a page."""
         if isinstance(self.store, PackedStore):
-            return [self.store.data[page_id]]
+            first = self.store.first
+            rows = [] if first is None else list(first.data[first.rows(torch.tensor([page_id]))])
+            return [self.store.data[page_id], *rows]
         pools = (self.k, self.v)
         return [pool[:, page_id].contiguous().flatten().view(torch.uint8) for pool in pools]
 

@@ -74,6 +74,9 @@ class PackedPages:
         page_size, kv_heads, head_dim: sizes.
         signs: fp32 [kv_heads, head_dim] of the rotation, or None.
         mean: fp32 [kv_heads, head_dim], subtracted before K is stored, or None.
+        first: where the pages lie that have a finer format, or None; see `FirstPages`. It holds
+            the vectors in the basis of these codes.
+        first_index: i32 [pages], place in `first` or -1.
         address: the same as numbers, for the native module.
     """
 
@@ -88,6 +91,8 @@ class PackedPages:
     head_dim: int
     signs: torch.Tensor | None
     mean: torch.Tensor | None
+    first: PackedPages | None = None
+    first_index: torch.Tensor | None = None
     address: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +123,8 @@ class PackedPages:
             self.kv_heads, self.head_dim,
             0 if self.signs is None else self.signs.data_ptr(),
             0 if self.mean is None else self.mean.data_ptr(),
+            0 if self.first_index is None else self.first_index.data_ptr(),
+            *(() if self.first is None else self.first.address),
         )  # fmt: skip
 
     @property
@@ -139,7 +146,9 @@ class PackedPages:
         """Codes i32 [n, kv_heads, P, D] and scales u8 [n, kv_heads, P, items, width]."""
         size, dim = self.page_size, self.head_dim
         groups = self._part(page_ids, self.codes_at, self.code_bytes)
-        codes = unpack(groups.reshape(*groups.shape[:2], -1, 2 * self.codec.bits), self.codec.bits)
+        width = 2 * self.codec.bits  # bytes of a group
+        groups = groups.reshape(*groups.shape[:2], self.code_bytes // width, width)
+        codes = unpack(groups, self.codec.bits)
         if self.is_key:
             codes = codes.reshape(*codes.shape[:2], size // GROUP, dim, GROUP).transpose(3, 4)
         scales = self._part(page_ids, self.scales_at, self.scale_bytes)
@@ -159,13 +168,23 @@ class PackedPages:
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of vectors [..., kv_heads, D]; each depends on that vector alone."""
-        if self.mean is not None:
-            x = x - self.mean
-        return self.codec.quantise(x, self.signs)
+        return self.codec.quantise(self._centred(x), self.signs)
+
+    def encode_first(self, x: torch.Tensor) -> torch.Tensor:
+        """What a first page stores of vectors [..., kv_heads, D]: in the basis of the codes."""
+        x = self._centred(x)
+        return x if self.signs is None else transform(x * self.signs) * norm(self.head_dim)
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.mean is None else x - self.mean
 
     def stored(self, page_ids: torch.Tensor) -> torch.Tensor:
         """What pages hold in the basis of their codes, fp32 [n, kv_heads, P, D]: K without mean."""
-        return self.codec.levels(*self.read(page_ids))
+        vectors = self.codec.levels(*self.read(page_ids))
+        if self.first is not None and self.first_index is not None:
+            places = self.first_index[page_ids].long()
+            vectors[places >= 0] = self.first.stored(places[places >= 0])
+        return vectors
 
     def restored(self, page_ids: torch.Tensor) -> torch.Tensor:
         """`stored` in the basis of the model, fp32 [n, kv_heads, P, D]; for the plain oracle."""

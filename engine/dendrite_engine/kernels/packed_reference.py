@@ -41,6 +41,11 @@ def store(
     pages: PackedPages, vectors: torch.Tensor, page: torch.Tensor, offset: torch.Tensor
 ) -> None:
     """Quantise vectors [n, kv_heads, D] into their slots; the other slots keep their bytes."""
+    if pages.first is not None and pages.first_index is not None:
+        places = pages.first_index[page].long()
+        begun = places >= 0
+        store(pages.first, pages.encode_first(vectors[begun]), places[begun], offset[begun])
+        vectors, page, offset = vectors[~begun], page[~begun], offset[~begun]
     if len(page) == 0:
         return
     codes, scales = pages.encode(vectors)

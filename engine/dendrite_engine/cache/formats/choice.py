@@ -49,6 +49,7 @@ def choose_format(
     unit: PageShape,
     overrides: Mapping[int, str] | None = None,
     key_mean: torch.Tensor | None = None,
+    first: str | None = None,
 ) -> PageFormat:
     """The page format of the CPU path.
 
@@ -57,6 +58,7 @@ def choose_format(
         unit: sizes of the model and the page.
         overrides: other names for single layers; -1 is the last layer.
         key_mean: see PackedFormat.
+        first: name of the format of pages with position 0, or None: as the others.
 
     Raises:
         UnknownName: a name is unknown.
@@ -72,7 +74,8 @@ def choose_format(
     if all(layer.name == "fp32" for layer in layers):
         return DenseFp32()
     title = layers_title(name, layers)
-    packed = PackedFormat(title, layers, key_mean)
+    begun = None if first is None else layer_format(first)
+    packed = PackedFormat(title, layers, key_mean, begun)
     packed.check(unit)
     return packed
 

@@ -33,7 +33,7 @@ class Mxfp8(VectorFormat):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes of x / 2^e with e = ceil(log2(largest / 448)); exponent 255 stands for NaN."""
         del signs
-        blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
+        blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
         ratio = blocks.abs().amax(-1) / TOP
         bits = ratio.contiguous().view(torch.int32).to(torch.int64)
         exponent = ((bits + 0x7FFFFF) >> 23).clamp(1, 255)  # of the next power of two
@@ -48,5 +48,5 @@ class Mxfp8(VectorFormat):
         exponent = scales[..., 0].to(torch.int32)
         factor = (exponent << 23).contiguous().view(torch.float32)
         factor = torch.where(exponent == 255, torch.nan, factor)
-        blocks = e4m3_numbers(codes).reshape(*codes.shape[:-1], -1, BLOCK)
+        blocks = e4m3_numbers(codes).reshape(*codes.shape[:-1], codes.shape[-1] // BLOCK, BLOCK)
         return (blocks * factor[..., None]).reshape(codes.shape)
