@@ -55,9 +55,9 @@ class Settings:
     ablate: tuple[str, ...] = ABLATED
     contexts: tuple[int, ...] = (512, 2048)
     tokens: int = 16384
-    needle_lengths: tuple[int, ...] = (256, 512, 1024)
+    needle_lengths: tuple[int, ...] = (256, 512)
     needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    greedy_tokens: int = 64
+    greedy_tokens: int = 48
     probe_tokens: int = 1024
     layers: Mapping[int, str] | None = None
     protect: tuple[str, ...] = PROTECTED
