@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """Numbers in the matrices and norms of a Llama-like decoder, without biases and q, k norms."""
+        """Numbers in the matrices and norms of a Llama-like decoder; biases are left out."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         mlp = 3 * self.hidden * self.intermediate
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
