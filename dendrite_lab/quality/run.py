@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def measure_quality(model: str | Path, settings: Settings) -> dict[str, Any]:
         needle, divergence = run.needle(), run.divergence()
     return {
         "benchmark": "quality",
+        "command": _command(Path(loaded.path).name, settings),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "model": Path(loaded.path).name,
         "text": source,
         "text_tokens": len(ids),
@@ -225,3 +228,13 @@ def _key_mean(model: ScoringModel) -> torch.Tensor:
     if (model.path / FILE).exists():
         return load_key_mean(model.path, model.unit())
     return key_mean(model, CALIBRATION_TOKENS, 0)
+
+
+def _command(model: str, settings: Settings) -> str:
+    """The command line that measures the same."""
+    words = ["dendrite-lab", "quality", model, "--tokens", str(settings.tokens)]
+    words += ["--contexts", *map(str, settings.contexts), "--formats", *settings.formats]
+    for option, names in (("--protect", settings.protect), ("--ablate", settings.ablate)):
+        words += [option, *names] if names else []
+    words += ["--no-tasks"] if not settings.greedy_tokens else []
+    return " ".join(words)
