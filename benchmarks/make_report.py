@@ -22,6 +22,8 @@ TITLES = {
     "first-token": "First token after a fork",
     "search": "Search: MCTS against greedy and best-of-N",
     "gemm": "Matrix products of a decode step",
+    "kv-formats": "Page formats: decode steps at a long context",
+    "quality": "Page formats: what they cost",
 }
 INTRODUCTION = """\
 Made by `python benchmarks/make_report.py` from the reports in `benchmarks/results/`; each section
@@ -45,6 +47,17 @@ step of the same number of branches.""",
 solved: half). `words`: one sentence with four given words. Each method has 600 tokens (greedy needs
 fewer); best-of-N and MCTS rank by the same value. The settings were chosen on half of the twister's
 letters; the notebook 02_mcts_live shows both halves.""",
+    "kv-formats": """\
+Every branch has a context of its own, so attention reads as much as it can. `times_first`: against
+fp32 pages in the same run.""",
+    "quality": """\
+Against fp32 pages, teacher-forced on the same windows, the latter half of each scored; every scored
+token attends through pages of the format. `ppl_percent`: change of perplexity with its 95 %
+interval. `kl`: mean KL divergence of the next token in nats. `gate`: the limits for this model in
+`dendrite_lab/quality/metrics.py`. `+ safe`: `kv_center=True, kv_first_page="bf16"`. `tq4/fp32`: K
+only, `fp32/tq4`: V only. `needle`: codes of five digits found again in 256 and 512 tokens.
+`diverges_after`: tokens until greedy text differs from fp32's, median of 8. `attention_error`:
+relative L2 error of the attention output, mean over layers, for the same K and V.""",
     "gemm": "SmolLM2-135M's matrices, fp32: weights packed once, and plain `torch` calls.",
 }
 
@@ -89,10 +102,43 @@ def section(report: dict[str, Any]) -> str:
     ]
     if name in NOTES:
         lines.append(NOTES[name] + "\n")
-    lines.append(table(report["rows"]))
+    lines.append(table(quality_rows(report) if name == "quality" else report["rows"]))
+    if name == "quality":
+        lines.insert(1, f"Text: {report['text']}.\n")
     if report.get("peers"):
         lines += ["Peers, same run:\n", table(report["peers"])]
     return "\n".join(lines)
+
+
+def quality_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The columns of a quality report that fit on a page."""
+    rows = []
+    for row in report["rows"]:
+        name = row["format"]
+        hits = [r["hit"] for r in report["needle"] if r["format"] == name]
+        places = sorted(r["position"] for r in report["divergence"] if r["format"] == name)
+        errors = report["attention"].get(name, [])
+        spread = f"{row['perplexity_percent']:+.2f} +- {row['perplexity_percent_ci95']:.2f}"
+        rows.append(
+            {
+                "format": name,
+                "context": row["context"],
+                "smaller": row["ratio"],
+                "ppl": round(row["perplexity"], 3),
+                "ppl_percent": spread,
+                "kl": float(f"{row['kl_mean']:.3g}"),
+                "kl_p99": float(f"{row['kl_p99']:.3g}"),
+                "top1_percent": round(row["top1_percent"], 2),
+                "gate": row["gate"],
+                "needle": f"{sum(hits)}/{len(hits)}" if hits else None,
+                "diverges_after": places[len(places) // 2] if places else None,
+                "attention_error": round(sum(errors) / len(errors), 4) if errors else None,
+            }
+        )
+    reference = [r["hit"] for r in report["needle"] if r["format"] == "fp32"]
+    if reference:
+        rows.insert(0, {"format": "fp32", "needle": f"{sum(reference)}/{len(reference)}"})
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:

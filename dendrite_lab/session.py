@@ -198,6 +198,8 @@ class Session:
             "cow_copies": stats.cow_copies,
             "bytes_saved": stats.bytes_saved,
             "page_bytes": stats.page_bytes,
+            "bytes_total": stats.bytes_total,
+            "kv_format": stats.kv_format,
             "step_ms": round(stats.step_ms_last, 2),
             "streaming": len(self.streaming),
             "tokens_per_s": self._rate.update(now, stats.tokens_generated),

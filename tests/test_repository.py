@@ -26,7 +26,7 @@ LAYERS = (
     ("models", "grammar"),
     ("runner",),
     ("device",),
-    ("scheduler", "jobs"),
+    ("scheduler", "jobs", "scoring"),
     ("lanes",),
     ("ahead",),
     ("decoding", "forward"),

@@ -16,6 +16,7 @@ namespace dendrite {
 namespace {
 
 constexpr int64_t kMaxPartialFloats = int64_t(64) << 18;  // 64 MiB of split partials
+constexpr int64_t kSerialFloats = 1 << 14;  // of q that one thread rotates sooner
 constexpr int64_t kSerialWork = 1 << 18;  // query-key multiply-adds that one thread does sooner
 
 // One thread's buffers for a block, cut from one allocation.
@@ -93,9 +94,14 @@ class Attention {
     const int64_t block = s_.cell_block[cell];
     visible_columns(block, s_.cell_chunk[cell], buffers);
     ChunkJob job{};
+    job.k_side = c_.k_side;
+    job.v_side = c_.v_side;
+    job.kv_head = kv_head;
     const int64_t head_floats = int64_t(c_.dim) * s_.page_size;
-    job.k = c_.k_pages + kv_head * head_floats;
-    job.v = c_.v_pages + kv_head * head_floats;
+    if (c_.k_side == nullptr) {
+      job.k = c_.k_pages + kv_head * head_floats;
+      job.v = c_.v_pages + kv_head * head_floats;
+    }
     job.page_stride = head_floats * c_.kv_heads;
     job.pages = s_.pages.data();
     job.runs = s_.runs.data() + s_.run_indptr[cell];
@@ -113,11 +119,18 @@ class Attention {
     job.acc = buffers.acc;
     job.m = buffers.m;
     job.l = buffers.l;
-    context_.kernels->attend_chunk(job);
+    if (c_.k_side == nullptr)
+      context_.kernels->attend_chunk(job);
+    else
+      context_.kernels->attend_packed_chunk(job);
   }
 
-  float* out_row(int64_t row, int kv_head, int g) const {
-    return c_.out + (row * c_.heads + int64_t(kv_head) * s_.group + g) * c_.dim;
+  // The last step of a row's head: out = acc / l, in the basis of the model.
+  void finish(const float* acc, float l, int64_t row, int kv_head, int g) const {
+    float* out = c_.out + (row * c_.heads + int64_t(kv_head) * s_.group + g) * c_.dim;
+    context_.kernels->finish_row(acc, l, out, c_.dim);
+    if (c_.v_side != nullptr && c_.v_side->signs != nullptr)
+      context_.kernels->rotate(out, c_.v_side->signs + int64_t(kv_head) * c_.dim, c_.dim, true, out);
   }
 
   void run_whole(int threads) {
@@ -140,8 +153,7 @@ class Attention {
     int x = 0;
     for (int64_t r = block_begin(block); r < block_end(block); ++r)
       for (int g = 0; g < s_.group; ++g, ++x)
-        context_.kernels->finish_row(buffers.run_acc + int64_t(x) * c_.dim, buffers.run_l[x],
-                                     out_row(r, kv_head, g), c_.dim);
+        finish(buffers.run_acc + int64_t(x) * c_.dim, buffers.run_l[x], r, kv_head, g);
   }
 
   void merge_block(int64_t block, int chunk, BlockBuffers& buffers) {
@@ -208,7 +220,7 @@ class Attention {
           context_.kernels->merge_state(acc, acc + dim, acc + dim + 1, part, part[dim],
                                         part[dim + 1], dim);
         }
-        context_.kernels->finish_row(acc, acc[dim + 1], out_row(r, kv_head, g), dim);
+        finish(acc, acc[dim + 1], r, kv_head, g);
       }
   }
 
@@ -219,9 +231,24 @@ class Attention {
   float* partials_ = nullptr;
 };
 
+// q in the basis of the K codes, once per row and head.
+const float* rotated_queries(Context& context, const Schedule& schedule, const AttentionCall& call) {
+  const int64_t rows = schedule.num_rows(), width = int64_t(call.heads) * call.dim;
+  float* rotated = context.rotated.get<float>(rows * width);
+  const int threads = rows * width < kSerialFloats ? 1 : context.threads;
+  parallel_rows(threads, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * call.heads; i < end * call.heads; ++i) {
+      const int64_t kv_head = i % call.heads / schedule.group;
+      context.kernels->rotate(call.q + i * call.dim, call.k_side->signs + kv_head * call.dim,
+                              call.dim, false, rotated + i * call.dim);
+    }
+  });
+  return rotated;
+}
+
 }  // namespace
 
-void tree_attention(Context& context, const Schedule& schedule, const AttentionCall& call) {
+void tree_attention(Context& context, const Schedule& schedule, AttentionCall call) {
   if (call.heads != call.kv_heads * schedule.group)
     throw std::invalid_argument("q has " + std::to_string(call.heads) + " heads, k_pages " +
                                 std::to_string(call.kv_heads) + ": not a group of " +
@@ -233,6 +260,8 @@ void tree_attention(Context& context, const Schedule& schedule, const AttentionC
     throw std::invalid_argument("plan: page index " + std::to_string(schedule.max_page) +
                                 " is outside the " + std::to_string(call.num_pages) + " pages");
   const std::lock_guard<std::mutex> guard(context.lock);
+  if (call.k_side != nullptr && call.k_side->signs != nullptr)
+    call.q = rotated_queries(context, schedule, call);
   Attention(context, schedule, call).run();
 }
 

@@ -100,6 +100,59 @@ void attend(Context& context, const Schedule& schedule, Address q, Address k, Ad
   tree_attention(context, schedule, call);
 }
 
+// PackedPages.address: what dendrite_engine/kernels/packed.py has checked. Those of the first pages
+// follow behind the side's own.
+constexpr size_t kSideNumbers = 14;
+
+PackedSide packed_side(const nb::tuple& numbers, size_t begin) {
+  const auto at = [&](size_t i) { return nb::cast<int64_t>(numbers[begin + i]); };
+  PackedSide side{};
+  side.data = reinterpret_cast<uint8_t*>(at(0));
+  side.pages = at(1);
+  side.page_stride = at(2);
+  side.head_stride = at(3);
+  side.codes = at(4);
+  side.scales = at(5);
+  side.codec = int32_t(at(6));
+  side.page_size = int32_t(at(8));
+  side.kv_heads = int32_t(at(9));
+  side.dim = int32_t(at(10));
+  side.signs = reinterpret_cast<const float*>(at(11));
+  side.mean = reinterpret_cast<const float*>(at(12));
+  side.first_index = reinterpret_cast<const int32_t*>(at(13));
+  if (side.codec < 0 || side.codec >= kPackedCodecs)
+    throw std::invalid_argument("codec " + std::to_string(side.codec) + " has no kernel");
+  if (side.dim % kGroup != 0 || side.dim > kMaxPackedDim || side.page_size % kGroup != 0)
+    throw std::invalid_argument("packed pages need head_dim and page_size in multiples of 16");
+  return side;
+}
+
+struct PackedPages {
+  PackedSide side{}, first{};
+
+  explicit PackedPages(const nb::tuple& numbers) {
+    if (numbers.size() != kSideNumbers && numbers.size() != 2 * kSideNumbers)
+      throw std::invalid_argument("packed pages must be described by 14 or 28 numbers");
+    side = packed_side(numbers, 0);
+    if (numbers.size() == kSideNumbers) return;
+    first = packed_side(numbers, kSideNumbers);
+    side.first = &first;
+  }
+  PackedPages(const PackedPages&) = delete;
+  PackedPages& operator=(const PackedPages&) = delete;
+};
+
+void attend_packed(Context& context, const Schedule& schedule, Address q, const nb::tuple& keys,
+                   const nb::tuple& values, Address out, int heads, float scale) {
+  const PackedPages k_pages(keys), v_pages(values);
+  const PackedSide& k = k_pages.side;
+  AttentionCall call{floats(q), nullptr, nullptr, floats(out), heads,
+                     k.kv_heads, k.dim,  k.pages, scale,       &k,    &v_pages.side};
+  if (schedule.work * heads * k.dim < kReleaseWork) return tree_attention(context, schedule, call);
+  const nb::gil_scoped_release release;
+  tree_attention(context, schedule, call);
+}
+
 void norm(Context& context, Address x, Address residual, Address weight, float eps, Address out,
           int64_t rows, int width) {
   add_rms_norm(context, floats(x), floats(residual), floats(weight), eps, floats(out), rows, width);
@@ -109,30 +162,62 @@ void silu(Context& context, Address gate_up, Address out, int64_t rows, int widt
   silu_mul(context, floats(gate_up), floats(out), rows, width);
 }
 
+// What both forms of rope_store_kv have in common; page_size and pages are set by the caller.
+struct RopeRows {
+  Ints positions, slots;
+  RopeJob job{};
+
+  RopeRows(Address qkv, nb::handle pos, Address cos, Address sin, nb::handle slot, Address q_out,
+           Address q_norm, Address k_norm, float eps, int64_t rows, int heads, int kv_heads, int dim)
+      : positions(pos, "positions"), slots(slot, "slots") {
+    if (dim < 2 || dim % 2 != 0 || dim > 1024)
+      throw std::invalid_argument("head_dim must be even and at most 1024, got " +
+                                  std::to_string(dim));
+    job.qkv = floats(qkv);
+    job.positions = positions.need(rows, "positions");
+    job.slots = slots.need(rows, "slots");
+    job.cos = floats(cos);
+    job.sin = floats(sin);
+    job.q_out = floats(q_out);
+    job.q_norm = floats(q_norm);
+    job.k_norm = floats(k_norm);
+    job.eps = eps;
+    job.heads = heads;
+    job.kv_heads = kv_heads;
+    job.dim = dim;
+  }
+};
+
 void rope(Context& context, Address qkv, nb::handle positions, Address cos, Address sin,
           nb::handle slots, Address k_pages, Address v_pages, Address q_out, Address q_norm,
           Address k_norm, float eps, int64_t rows, int heads, int kv_heads, int dim, int page_size,
           int64_t num_pages, int64_t max_position) {
-  if (dim < 2 || dim % 2 != 0 || dim > 1024)
-    throw std::invalid_argument("head_dim must be even and at most 1024, got " + std::to_string(dim));
-  const Ints pos(positions, "positions"), slot(slots, "slots");
-  RopeJob job{};
-  job.qkv = floats(qkv);
-  job.positions = pos.need(rows, "positions");
-  job.slots = slot.need(rows, "slots");
-  job.cos = floats(cos);
-  job.sin = floats(sin);
-  job.k_pages = floats(k_pages);
-  job.v_pages = floats(v_pages);
-  job.q_out = floats(q_out);
-  job.q_norm = floats(q_norm);
-  job.k_norm = floats(k_norm);
-  job.eps = eps;
-  job.heads = heads;
-  job.kv_heads = kv_heads;
-  job.dim = dim;
-  job.page_size = page_size;
-  rope_store_kv(context, job, rows, max_position, num_pages * page_size);
+  RopeRows call(qkv, positions, cos, sin, slots, q_out, q_norm, k_norm, eps, rows, heads, kv_heads, dim);
+  call.job.k_pages = floats(k_pages);
+  call.job.v_pages = floats(v_pages);
+  call.job.page_size = page_size;
+  rope_store_kv(context, call.job, rows, max_position, num_pages * page_size);
+}
+
+void rope_packed(Context& context, Address qkv, nb::handle positions, Address cos, Address sin,
+                 nb::handle slots, const nb::tuple& keys, const nb::tuple& values, Address q_out,
+                 Address q_norm, Address k_norm, float eps, int64_t rows, int heads,
+                 int64_t max_position) {
+  const PackedPages k_pages(keys), v_pages(values);
+  const PackedSide& k = k_pages.side;
+  RopeRows call(qkv, positions, cos, sin, slots, q_out, q_norm, k_norm, eps, rows, heads, k.kv_heads,
+                k.dim);
+  call.job.page_size = k.page_size;
+  call.job.k_side = &k;
+  call.job.v_side = &v_pages.side;
+  rope_store_kv(context, call.job, rows, max_position, k.pages * k.page_size);
+}
+
+void copy_whole(Context& context, Address data, int64_t pages, int64_t page_bytes, nb::handle copies) {
+  const Ints rows(copies, "copies");
+  const nb::gil_scoped_release release;
+  copy_packed(context, reinterpret_cast<uint8_t*>(data), pages, page_bytes, rows.data(),
+              rows.size() / 3);
 }
 
 void copy(Context& context, Address k_all, Address v_all, nb::handle copies, int64_t layers,
@@ -214,10 +299,13 @@ NB_MODULE(_cpu, module) {
             c.set_threads(threads);
           })
       .def("tree_attention", &attend)
+      .def("tree_attention_packed", &attend_packed)
       .def("add_rms_norm", &norm)
       .def("rope_store_kv", &rope)
+      .def("rope_store_packed", &rope_packed)
       .def("silu_mul", &silu)
       .def("copy_pages", &copy)
+      .def("copy_packed", &copy_whole)
       .def("sample", &draw)
       .def("top_logprobs", &top);
 }

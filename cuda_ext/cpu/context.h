@@ -48,6 +48,7 @@ struct Context {
   int threads = 1;
   std::vector<ThreadScratch> scratch;  // [threads]
   Scratch partials;
+  Scratch rotated;  // queries in the basis of packed pages
   Scratch counters;
   std::mutex lock;
 };
@@ -63,8 +64,10 @@ struct AttentionCall {
   int heads, kv_heads, dim;
   int64_t num_pages;
   float scale;
+  const PackedSide* k_side = nullptr;  // packed pages instead of k_pages and v_pages
+  const PackedSide* v_side = nullptr;
 };
 // Throws std::invalid_argument when the schedule was built for other sizes.
-void tree_attention(Context& context, const Schedule& schedule, const AttentionCall& call);
+void tree_attention(Context& context, const Schedule& schedule, AttentionCall call);
 
 }  // namespace dendrite

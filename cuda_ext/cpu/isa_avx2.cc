@@ -6,6 +6,8 @@
 #define DENDRITE_NAME "avx2"
 #define DENDRITE_LEVEL 2
 #include "attention_kernel.h"
+#include "packed_attention.h"
+#include "packed_store.h"
 #include "row_kernels.h"
 
 namespace dendrite {

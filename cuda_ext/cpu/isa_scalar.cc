@@ -6,6 +6,8 @@
 #define DENDRITE_NAME "scalar"
 #define DENDRITE_LEVEL 0
 #include "attention_kernel.h"
+#include "packed_attention.h"
+#include "packed_store.h"
 #include "row_kernels.h"
 
 namespace dendrite {

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "packed.h"
+
 namespace dendrite {
 
 // Softmax partials are cut at absolute multiples of kChunk positions, whatever the tree looks like.
@@ -47,6 +49,10 @@ struct ChunkJob {
   float* acc;         // [num_q, dim] out: sum of exp(score - m) * value
   float* m;           // [num_q] out: maximum score
   float* l;           // [num_q] out: sum of exp(score - m)
+  // Packed pages: their sides instead of k, v and page_stride.
+  const PackedSide* k_side;
+  const PackedSide* v_side;
+  int kv_head;
 };
 
 struct RopeJob {
@@ -62,6 +68,8 @@ struct RopeJob {
   const float* k_norm;  // [dim] or null
   float eps;
   int heads, kv_heads, dim, page_size;
+  const PackedSide* k_side;  // packed pages instead of k_pages and v_pages, or null
+  const PackedSide* v_side;
 };
 
 // What one pass over a row of logits tells.
@@ -75,6 +83,12 @@ struct RowStats {
 struct KernelTable {
   const char* name;
   void (*attend_chunk)(const ChunkJob& job);
+  void (*attend_packed_chunk)(const ChunkJob& job);
+  // out = H (x * signs) / sqrt(dim), and with `back` H x / sqrt(dim) * signs; out may be x.
+  void (*rotate)(const float* x, const float* signs, int dim, bool back, float* out);
+  // One vector into its slot; scratch of 4 * dim floats.
+  void (*store_packed)(const PackedSide& side, bool is_key, int64_t slot, int head, const float* x,
+                       float* scratch);
   // acc, m, l (running) <- running state merged with the next chunk's partial.
   void (*merge_state)(float* acc, float* m, float* l, const float* acc_c, float m_c, float l_c,
                       int dim);
@@ -82,6 +96,7 @@ struct KernelTable {
   void (*add_rms_norm)(const float* x, float* residual, const float* weight, float eps, float* out,
                        int64_t row_begin, int64_t row_end, int width);
   void (*rope_store_kv)(const RopeJob& job, int64_t row_begin, int64_t row_end);
+  void (*rotate_key)(const RopeJob& job, int64_t row, int head, float* key);
   void (*silu_mul)(const float* gate_up, float* out, int64_t row_begin, int64_t row_end, int width);
   void (*row_stats)(const float* x, int n, RowStats* stats);
   double (*sum_exp)(const float* x, int n, float max);

@@ -78,7 +78,7 @@ void rope_store_kv(const RopeJob& job, int64_t row_begin, int64_t row_end) {
     for (int h = 0; h < job.heads; ++h)
       rotate_head(in + h * dim, job.q_norm, job.eps, cos, sin, dim, q + h * dim);
     const int32_t slot = job.slots[row];
-    if (slot < 0) continue;
+    if (slot < 0 || job.k_side != nullptr) continue;
     const int64_t page = slot / size, offset = slot % size;
     in += job.heads * dim;
     for (int h = 0; h < job.kv_heads; ++h) {
@@ -89,6 +89,14 @@ void rope_store_kv(const RopeJob& job, int64_t row_begin, int64_t row_end) {
       __builtin_memcpy(v, in + (job.kv_heads + h) * dim, sizeof(float) * dim);
     }
   }
+}
+
+// The rotated key of one row and kv head.
+void rotate_key(const RopeJob& job, int64_t row, int head, float* key) {
+  const int dim = job.dim;
+  const int64_t angle = int64_t(job.positions[row]) * (dim / 2);
+  const float* in = job.qkv + (row * (job.heads + 2 * job.kv_heads) + job.heads + head) * dim;
+  rotate_head(in, job.k_norm, job.eps, job.cos + angle, job.sin + angle, dim, key);
 }
 
 DENDRITE_INLINE vf silu_lanes(vf x) {
@@ -211,8 +219,9 @@ int first_above(const float* x, int begin, int n, float threshold) {
 
 // The table of this instruction set; `name` is what reports show.
 static const KernelTable kTable = {
-    DENDRITE_NAME, attend_chunk, merge_state, finish_row, add_rms_norm, rope_store_kv, silu_mul,
-    row_stats,     sum_exp,      near_tokens, find_bucket, first_above,
+    DENDRITE_NAME, attend_chunk,  attend_packed_chunk, rotate,   store_packed, merge_state,
+    finish_row,    add_rms_norm,  rope_store_kv,       rotate_key, silu_mul,   row_stats,
+    sum_exp,       near_tokens,   find_bucket,         first_above,
 };
 
 }  // namespace dendrite::DENDRITE_ISA

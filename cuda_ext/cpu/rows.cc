@@ -38,6 +38,24 @@ void copy_page(const CopyJob& job, int64_t layer, const int32_t* copy) {
                 used * job.dim);
 }
 
+// K and V of all rows, one kv head and side a unit: neighbouring slots share bytes, so the rows of a
+// page belong to one thread.
+void store_packed(Context& context, const RopeJob& job, int64_t rows, int threads) {
+  parallel_units(threads, 2 * job.kv_heads, [&](int64_t unit, int) {
+    const int head = int(unit / 2);
+    const bool is_key = unit % 2 == 0;
+    const PackedSide& side = is_key ? *job.k_side : *job.v_side;
+    alignas(64) float key[kMaxPackedDim], scratch[4 * kMaxPackedDim];
+    for (int64_t row = 0; row < rows; ++row) {
+      if (job.slots[row] < 0) continue;
+      const int64_t column = job.heads + job.kv_heads + head;
+      const float* x = job.qkv + (row * (job.heads + 2 * job.kv_heads) + column) * job.dim;
+      if (is_key) context.kernels->rotate_key(job, row, head, key);
+      context.kernels->store_packed(side, is_key, job.slots[row], head, is_key ? key : x, scratch);
+    }
+  });
+}
+
 }  // namespace
 
 void add_rms_norm(Context& context, const float* x, float* residual, const float* weight, float eps,
@@ -54,6 +72,16 @@ void rope_store_kv(Context& context, const RopeJob& job, int64_t rows, int64_t m
   const int64_t floats = rows * (job.heads + 2 * job.kv_heads) * job.dim;
   parallel_rows(threads_for(context, floats), rows, [&](int64_t begin, int64_t end) {
     context.kernels->rope_store_kv(job, begin, end);
+  });
+  if (job.k_side != nullptr) store_packed(context, job, rows, threads_for(context, floats));
+}
+
+void copy_packed(Context& context, uint8_t* data, int64_t pages, int64_t page_bytes,
+                 const int32_t* copies, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) check_range("copies: page", copies + 3 * i, 2, 0, pages);
+  parallel_units(threads_for(context, count * page_bytes / 4), count, [&](int64_t i, int) {
+    std::memcpy(data + copies[3 * i + 1] * page_bytes, data + copies[3 * i] * page_bytes,
+                size_t(page_bytes));
   });
 }
 

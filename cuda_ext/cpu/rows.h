@@ -27,4 +27,9 @@ struct CopyJob {
 };
 void copy_pages(Context& context, const CopyJob& job);
 
+
+// Whole pages of a packed pool [pages, page_bytes]; copies as above, their third column is not read.
+void copy_packed(Context& context, uint8_t* data, int64_t pages, int64_t page_bytes,
+                 const int32_t* copies, int64_t count);
+
 }  // namespace dendrite

@@ -29,6 +29,10 @@ class Context:
         self, schedule: Schedule, q: Address, k_pages: Address, v_pages: Address, out: Address,
         heads: int, kv_heads: int, dim: int, num_pages: int, scale: float, /,
     ) -> None: ...  # fmt: skip
+    def tree_attention_packed(
+        self, schedule: Schedule, q: Address, keys: tuple[int, ...], values: tuple[int, ...],
+        out: Address, heads: int, scale: float, /,
+    ) -> None: ...  # fmt: skip
     def add_rms_norm(
         self, x: Address, residual: Address, weight: Address, eps: float, out: Address, rows: int,
         width: int, /,
@@ -39,6 +43,12 @@ class Context:
         eps: float, rows: int, heads: int, kv_heads: int, dim: int, page_size: int, num_pages: int,
         max_position: int, /,
     ) -> None: ...  # fmt: skip
+    def rope_store_packed(
+        self, qkv: Address, positions: Ints, cos: Address, sin: Address, slots: Ints,
+        keys: tuple[int, ...], values: tuple[int, ...], q_out: Address, q_norm: Address,
+        k_norm: Address, eps: float, rows: int, heads: int, max_position: int, /,
+    ) -> None: ...  # fmt: skip
+    def copy_packed(self, data: Address, pages: int, page_bytes: int, copies: Ints, /) -> None: ...
     def silu_mul(self, gate_up: Address, out: Address, rows: int, width: int, /) -> None: ...
     def copy_pages(
         self, k_all: Address, v_all: Address, copies: Ints, layers: int, pages: int, kv_heads: int,

@@ -11,7 +11,9 @@ import torch
 from dendrite_engine import kernels
 from dendrite_engine.attention import ATTENTION_BACKENDS, AttentionBackend, ForwardBatch
 from dendrite_engine.cache import core_implementation, make_core
-from dendrite_engine.cache.formats import PAGE_FORMATS, PageShape, pool_shape
+from dendrite_engine.cache.formats import PageShape, pool_shape
+from dendrite_engine.cache.formats.choice import choose_format
+from dendrite_engine.cache.key_mean import load_key_mean
 from dendrite_engine.cache.pages import KVPages, PageGuard
 from dendrite_engine.config import EngineConfig
 from dendrite_engine.decoding import Decoder
@@ -87,7 +89,9 @@ class Parts:
         return EngineStats(
             **{name: counts[name] for name in names},
             refcount_histogram=histogram,
+            kv_format=self.pages.format.name,
             page_bytes=page_bytes,
+            bytes_total=self.pages.total_bytes,
             bytes_live=counts["pages_live"] * page_bytes,
             bytes_shared=counts["pages_shared"] * page_bytes,
             bytes_saved=sum(max(refs - 1, 0) * n for refs, n in histogram.items()) * page_bytes,
@@ -119,6 +123,7 @@ def build_parts(model: str | Path, config: EngineConfig) -> Parts:
         debug=config.debug,
         implementation=config.core,
     )
+    side.pages.page_state = core.page_state
     guard = PageGuard(side.pages) if config.debug else None
     trace = Trace()
     decoder = Decoder(
@@ -162,11 +167,14 @@ def _build_cpu(request: DeviceRequest) -> CpuParts:
     """The CPU path: weights packed in host memory, native kernels."""
     config, model_config = request.config, request.model_config
     dtype = compute_dtype(config, request.choice)
-    page_format = PAGE_FORMATS.get(page_format_name(config, dtype))()
-    unit = PageShape(
-        model_config.num_layers, 1, model_config.num_kv_heads, model_config.head_dim,
-        config.page_size,
-    )  # fmt: skip
+    unit = page_unit(model_config, config.page_size)
+    page_format = choose_format(
+        page_format_name(config, dtype),
+        unit,
+        dict(config.kv_layers),
+        load_key_mean(request.path, unit) if config.kv_center else None,
+        config.kv_first_page,
+    )
     shape = pool_shape(page_format, unit, config.num_pages, config.kv_bytes(DEFAULT_CPU_BYTES))
     ops, attention = _kernels(config)
     transformer = _load_cpu(request)
@@ -180,6 +188,11 @@ def _build_cpu(request: DeviceRequest) -> CpuParts:
         "linear": f"{transformer.linear.name}: {transformer.linear.reason}",
     }
     return CpuParts(ModelRunner(transformer, pages, attention, ops), pages, ops, report)
+
+
+def page_unit(model: ModelConfig, page_size: int) -> PageShape:
+    """Sizes of a pool of one page."""
+    return PageShape(model.num_layers, 1, model.num_kv_heads, model.head_dim, page_size)
 
 
 def _load_cpu(request: DeviceRequest) -> Transformer:
@@ -207,7 +220,8 @@ def _complete_report(
     report["core"] = f"{core_name}: {core_reason}"
     report["pages"] = (
         f"{shape.num_pages} x {shape.page_size} tokens, {pages.format.name}, "
-        f"{pages.total_bytes / 2**20:.0f} MiB"
+        f"{pages.total_bytes / 2**20:.0f} MiB, {pages.format.bytes_per_token(shape)} bytes a token "
+        f"({pages.format.ratio(shape):.2f} times less than 16-bit numbers)"
     )
     report["deterministic"] = "yes" if config.deterministic else "no"
     report["debug"] = "yes" if config.debug else "no"

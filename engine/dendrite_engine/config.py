@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from dendrite_engine.errors import InvalidArgument
 
@@ -48,7 +49,17 @@ class EngineConfig:
             "cuda" or "cuda:N". "cuda-twin" runs the GPU's path on CPU tensors, for tests.
         dtype: compute type: "auto" (bfloat16 on CUDA, float32 on CPU), "float32", "bfloat16" or
             "float16"; the last two need CUDA.
-        kv_format: how a page stores K and V: "auto" (as dtype) or a registered page format.
+        kv_format: how a page stores K and V. "auto" never quantises: numbers as in dtype. On the
+            CPU also "fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "tq4", "tq3", "tq2",
+            the pairs "k8v4" and "k4v2", or any pair "K/V" such as "fp8_e4m3/tq3"; docs/tuning.md
+            says which to take when. The last eight need a page_size that is a multiple of 16.
+        kv_layers: another kv_format for single layers, for example {0: "bf16", -1: "bf16"}; -1 is
+            the last layer.
+        kv_first_page: another kv_format for the pages that hold position 0 ("bf16", an 8-bit
+            format), or None. Attention rests on the first tokens, so errors there cost most. There
+            is room for one such page in 16.
+        kv_center: subtract each head's mean K, as found once by `dendrite-lab calibrate MODEL`,
+            before it is quantised.
         kv_budget: bytes for pages, or "auto": 1 GiB on CPU; on CUDA nine tenths of the memory that
             weights and working buffers leave free. Ignored when num_pages is given.
         num_pages: pages in the pool, or None to derive them from kv_budget.
@@ -73,6 +84,9 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     kv_format: str = "auto"
+    kv_layers: Mapping[int, str] = field(default_factory=dict)
+    kv_first_page: str | None = None
+    kv_center: bool = False
     kv_budget: int | str = "auto"
     num_pages: int | None = None
     page_size: int = 16
@@ -113,6 +127,7 @@ class EngineConfig:
                 f"got {self.device!r}"
             )
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _check_layers(self.kv_layers)
         _choice("core", self.core, ("auto", "native", "reference"))
         _choice("weights", self.weights, ("safetensors", "random"))
 
@@ -124,6 +139,16 @@ class EngineConfig:
 def _positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidArgument(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def _check_layers(layers: object) -> None:
+    if not isinstance(layers, Mapping) or not all(
+        isinstance(index, int) and not isinstance(index, bool) and isinstance(name, str)
+        for index, name in layers.items()
+    ):
+        raise InvalidArgument(
+            f"kv_layers must map layers to formats, as in {{0: 'bf16', -1: 'bf16'}}; got {layers!r}"
+        )
 
 
 def _choice(name: str, value: object, known: tuple[str, ...]) -> None:

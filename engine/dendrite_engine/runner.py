@@ -107,8 +107,7 @@ class ModelRunner:
         del drawn
         start = time.perf_counter()
         batch = ForwardBatch.build(plan)
-        if len(plan.copies):
-            self._ops.copy_pages(self.pages.k, self.pages.v, plan.copies)
+        self.pages.begin(plan, self._ops)
         logits = self.model.forward(batch, self.pages, self.attention, self._ops)
         self.steps += 1
         self.rows += plan.num_tokens

@@ -113,7 +113,9 @@ class EngineStats:
         cow_copies: pages copied because a branch diverged inside them.
         evictions: cached pages given back so far.
         prefix_hit_tokens: prompt tokens that were found in the prefix index.
+        kv_format: how pages store K and V.
         page_bytes: bytes of one page.
+        bytes_total: bytes of the pool.
         bytes_live: bytes of the live pages.
         bytes_shared: bytes of the shared pages.
         bytes_saved: bytes that copies for every branch would take on top of bytes_live.
@@ -152,3 +154,5 @@ class EngineStats:
     jobs_running: int
     graph_steps: int = 0
     host_ms_last: float = 0.0
+    kv_format: str = ""
+    bytes_total: int = 0

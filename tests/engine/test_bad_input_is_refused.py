@@ -64,7 +64,7 @@ def test_sampling_params_name_the_bad_field(field, value):
         ({"kv_budget": 10}, "kv_budget of 10 bytes holds no page"),
         ({"num_pages": 0}, "num_pages"),
         ({"device": "tpu"}, "device"),
-        ({"kv_format": "int1"}, "unknown page format 'int1'; known: fp32"),
+        ({"kv_format": "int1"}, "unknown page format 'int1'; known: bf16"),
         ({"attention": "magic"}, "unknown attention backend 'magic'"),
         ({"pages": 3}, "unknown option pages"),
         ({"seed": "x"}, "seed"),

@@ -301,6 +301,8 @@ class FakeEngine:
             **{name: core[name] for name in ("pages_shared", "pages_cached", "branches")},
             cow_copies=core["cow_copies"],
             page_bytes=1024,
+            bytes_total=1024 * 64,
+            kv_format="fp32",
             bytes_live=core["pages_live"] * 1024,
             bytes_shared=core["pages_shared"] * 1024,
             bytes_saved=0,

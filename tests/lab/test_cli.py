@@ -12,7 +12,10 @@ import pytest
 from dendrite_engine.errors import DendriteError, InvalidArgument
 from dendrite_lab import cli, doctor, launch
 
-COMMANDS = ("lab", "generate", "golden", "bench", "doctor", "fetch", "version")
+COMMANDS = (
+    "lab", "generate", "golden", "bench", "quality", "calibrate", "capacity", "doctor", "fetch",
+    "version",
+)  # fmt: skip
 
 
 def run(*argv: str) -> int:

@@ -287,6 +287,8 @@ def test_frames_reach_the_front_end_and_wait_for_its_answers(explorer, engine):
     assert header["texts"] == ["Once upon a time there was"]
     assert len(buffers[0]) == header["count"] * len(header["cols"]) * 4
     assert header["totals"]["pages_total"] == engine.core.num_pages
+    assert header["totals"]["kv_format"] == "fp32"
+    assert header["totals"]["bytes_total"] == 1024 * 64
 
 
 def test_without_a_front_end_there_is_a_text_tree_and_no_publisher_thread(explorer):

@@ -57,6 +57,8 @@ export interface Totals {
   cow_copies?: number;
   bytes_saved?: number;
   page_bytes?: number;
+  bytes_total?: number;
+  kv_format?: string;
   step_ms?: number;
   streaming?: number;
   tokens_per_s?: number;

@@ -65,7 +65,8 @@ export class StatusBar {
     const text = `${shared} shared + ${own} own${cached ? ` + ${cached} cached` : ""} of ${total.toLocaleString("en-US")} pages`;
     this.meter.setAttribute("aria-label", text);
     this.meter.title = `${text}${saved}; ${totals.cow_copies ?? 0} copies on write`;
-    this.pages.textContent = text;
+    const pool = totals.bytes_total ? ` (${totals.kv_format}, ${bytes(totals.bytes_total)})` : "";
+    this.pages.textContent = text + pool;
     this.pages.title = this.meter.title;
   }
 }

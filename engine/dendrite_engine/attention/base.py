@@ -91,8 +91,8 @@ class AttentionBackend(ABC, Generic[Batch]):
     def attend(
         self,
         q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        k_pages: Any,
+        v_pages: Any,
         batch: Batch,
         out: torch.Tensor,
         *,
@@ -103,7 +103,8 @@ class AttentionBackend(ABC, Generic[Batch]):
 
         Args:
             q: compute dtype (fp32 on the CPU path) [T, heads, head_dim].
-            k_pages, v_pages: one layer of the pool, K/V of these rows already stored.
+            k_pages, v_pages: one layer of the pool, K/V of these rows already stored; tensors, or
+                on the CPU path PackedPages.
             batch: the step's batch.
             out: like q, overwritten.
             scale: factor on the scores.

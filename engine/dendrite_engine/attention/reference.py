@@ -7,6 +7,9 @@ from typing import Any
 import torch
 
 from dendrite_engine.attention.base import AttentionBackend, ForwardBatch, Plan
+from dendrite_engine.errors import InvalidArgument
+from dendrite_engine.kernels.base import Pages
+from dendrite_engine.kernels.packed import PackedPages
 
 
 class ReferenceAttention(AttentionBackend[ForwardBatch]):
@@ -24,8 +27,8 @@ class ReferenceAttention(AttentionBackend[ForwardBatch]):
     def attend(
         self,
         q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        k_pages: Pages,
+        v_pages: Pages,
         batch: ForwardBatch,
         out: torch.Tensor,
         *,
@@ -34,9 +37,9 @@ class ReferenceAttention(AttentionBackend[ForwardBatch]):
     ) -> None:
         """See AttentionBackend.attend; O(rows * context) gathers."""
         plan = batch.plan
-        groups = q.shape[1] // k_pages.shape[1]
         for begin, end in zip(plan.item_indptr[:-1], plan.item_indptr[1:], strict=True):
             keys, values = _gather(plan, int(begin), k_pages, v_pages)
+            groups = q.shape[1] // keys.shape[1]
             rows = batch.positions[begin:end].long()
             cols = torch.arange(keys.shape[0])
             visible = cols[None, :] <= rows[:, None]
@@ -52,7 +55,7 @@ class ReferenceAttention(AttentionBackend[ForwardBatch]):
 
 
 def _gather(
-    plan: Plan, row: int, k_pages: torch.Tensor, v_pages: torch.Tensor
+    plan: Plan, row: int, k_pages: Pages, v_pages: Pages
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V [context, kv_heads, head_dim] that the item starting at `row` reads."""
     keys, values = [], []
@@ -61,8 +64,19 @@ def _gather(
             continue
         first, last = plan.node_page_indptr[node], plan.node_page_indptr[node + 1]
         ids = torch.from_numpy(plan.page_indices[first:last]).long()
-        k = k_pages[ids].permute(0, 3, 1, 2).flatten(0, 1)
-        v = v_pages[ids].permute(0, 2, 1, 3).flatten(0, 1)
-        keys.append(k[: plan.node_len[node]])
-        values.append(v[: plan.node_len[node]])
+        length = plan.node_len[node]
+        if isinstance(k_pages, torch.Tensor) and isinstance(v_pages, torch.Tensor):
+            keys.append(k_pages[ids].permute(0, 3, 1, 2).flatten(0, 1)[:length])
+            values.append(v_pages[ids].permute(0, 2, 1, 3).flatten(0, 1)[:length])
+        else:
+            keys.append(_decoded(k_pages, ids)[:length])
+            values.append(_decoded(v_pages, ids)[:length])
     return torch.cat(keys), torch.cat(values)
+
+
+def _decoded(pages: Pages, ids: torch.Tensor) -> torch.Tensor:
+    """Vectors [tokens, kv_heads, head_dim] restored from codes: what no kernel does."""
+    if not isinstance(pages, PackedPages):
+        raise InvalidArgument("K and V must both be packed pages, or both unquantised")
+    vectors = pages.restored(ids)
+    return vectors.transpose(1, 2).flatten(0, 1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dendrite_engine.attention.base import AttentionBackend, ForwardBatch
+from dendrite_engine.kernels.base import Pages
 
 
 class TreeAttention(AttentionBackend[ForwardBatch]):
@@ -23,8 +24,8 @@ class TreeAttention(AttentionBackend[ForwardBatch]):
     def attend(
         self,
         q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        k_pages: Pages,
+        v_pages: Pages,
         batch: ForwardBatch,
         out: torch.Tensor,
         *,

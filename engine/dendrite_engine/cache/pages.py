@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import zlib
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
+import numpy as np
 import torch
 
 from dendrite_engine.cache.formats import PageFormat, PageShape
-from dendrite_engine.errors import IntegrityError
+from dendrite_engine.cache.formats.base import DenseStore
+from dendrite_engine.cache.formats.packed import PackedStore
+from dendrite_engine.errors import IntegrityError, InvalidArgument
+from dendrite_engine.kernels.base import Pages
 
 
 class KVPages:
@@ -18,7 +24,8 @@ class KVPages:
     Attributes:
         shape: sizes of the pool.
         format: how a page stores K and V.
-        k, v: tensors [num_layers, num_pages, ...]; a page id indexes all layers.
+        store: the memory; a page id indexes all layers.
+        page_state: asks the core for the state of every page, 0 for free; set by who has a core.
         stream: the CUDA stream in whose order pages are read and written; None on a CPU.
     """
 
@@ -26,7 +33,23 @@ class KVPages:
         self, page_format: PageFormat, shape: PageShape, stream: torch.cuda.Stream | None = None
     ) -> None:
         self.format, self.shape, self.stream = page_format, shape, stream
-        self.k, self.v = page_format.allocate(shape)
+        self.store = page_format.allocate(shape)
+        self.page_state: Callable[[], np.ndarray] | None = None
+
+    @property
+    def k(self) -> torch.Tensor:
+        """K of unquantised pages, [num_layers, num_pages, ...]."""
+        return self._dense().k
+
+    @property
+    def v(self) -> torch.Tensor:
+        """V of unquantised pages, [num_layers, num_pages, ...]."""
+        return self._dense().v
+
+    def _dense(self) -> DenseStore:
+        if isinstance(self.store, DenseStore):
+            return self.store
+        raise InvalidArgument(f"pages of kv_format {self.format.name!r} hold codes, not numbers")
 
     @property
     def page_bytes(self) -> int:
@@ -36,24 +59,45 @@ class KVPages:
     @property
     def total_bytes(self) -> int:
         """Bytes of the whole pool."""
-        return self.page_bytes * self.shape.num_pages
+        return self.format.pool_bytes(self.shape)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer, [num_pages, kv_heads, ...]."""
+        """K and V of one layer of unquantised pages, [num_pages, kv_heads, ...]."""
         return self.k[index], self.v[index]
 
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`layer` of every layer."""
         return [self.layer(index) for index in range(self.shape.num_layers)]
 
+    def views(self) -> Sequence[tuple[Pages, Pages]]:
+        """K and V of every layer, as the kernels of the CPU path take them."""
+        return self.store.layers if isinstance(self.store, PackedStore) else self.layers()
+
+    def begin(self, plan: Any, ops: Any) -> None:
+        """What has to be done before a plan's rows are stored: places for first pages, copies."""
+        if isinstance(self.store, PackedStore):
+            if self.store.first is not None:
+                self.store.first.prepare(plan, self.page_state)
+            if len(plan.copies):
+                ops.copy_packed(self.store.data, plan.copies)
+        elif len(plan.copies):
+            ops.copy_pages(self.k, self.v, plan.copies)
+
     def poison(self, page_ids: list[int]) -> None:
         """Fill pages, so that reading a slot nobody wrote cannot go unnoticed: K with NaN; V too on
         the CPU, with the largest number on a device, whose kernels multiply every value of a page
-        that they read, by 0 where a row does not see it.
+        that they read, by 0 where a row does not see it. In pages of codes every byte becomes 255,
+        which makes each scale, or where there are none each number, NaN.
         """
         if page_ids:
             with self._in_order():
-                index = torch.tensor(sorted(set(page_ids)), dtype=torch.int64).to(self.k.device)
+                index = torch.tensor(sorted(set(page_ids)), dtype=torch.int64)
+                if isinstance(self.store, PackedStore):
+                    self.store.data.index_fill_(0, index, 255)
+                    if (first := self.store.first) is not None:
+                        first.data.index_fill_(0, first.rows(index), 255)
+                    return
+                index = index.to(self.k.device)
                 self.k.index_fill_(1, index, float("nan"))
                 filling = float("nan") if self.v.is_cpu else torch.finfo(self.v.dtype).max
                 self.v.index_fill_(1, index, filling)
@@ -62,10 +106,18 @@ class KVPages:
         """CRC-32 over K and V of a page in all layers; waits for the device."""
         crc = 0
         with self._in_order():
-            for pool in (self.k, self.v):
-                page = pool[:, page_id].contiguous().flatten().view(torch.uint8)
+            for page in self._page(page_id):
                 crc = zlib.crc32(page.cpu().numpy().data, crc)
         return crc
+
+    def _page(self, page_id: int) -> list[torch.Tensor]:
+        """The bytes of a page."""
+        if isinstance(self.store, PackedStore):
+            first = self.store.first
+            rows = [] if first is None else list(first.data[first.rows(torch.tensor([page_id]))])
+            return [self.store.data[page_id], *rows]
+        pools = (self.k, self.v)
+        return [pool[:, page_id].contiguous().flatten().view(torch.uint8) for pool in pools]
 
     def _in_order(self) -> AbstractContextManager[object]:
         """Work inside follows what the engine has asked of the device so far."""

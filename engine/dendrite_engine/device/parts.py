@@ -11,6 +11,7 @@ import torch
 from dendrite_engine.attention import DEVICE_ATTENTION_BACKENDS
 from dendrite_engine.attention.device_base import AttentionSetup, DeviceAttention
 from dendrite_engine.cache.formats import DEVICE_PAGE_FORMATS, PageFormat, PageShape, pool_shape
+from dendrite_engine.cache.formats.choice import is_cpu_format
 from dendrite_engine.cache.pages import KVPages
 from dendrite_engine.config import EngineConfig
 from dendrite_engine.device.choice import (
@@ -110,6 +111,13 @@ def _build(request: DeviceRequest, stream: torch.cuda.Stream | None) -> DevicePa
 
 def _page_format(config: EngineConfig, choice: DeviceChoice, dtype: torch.dtype) -> PageFormat:
     name = page_format_name(config, dtype)
+    on_cpu_only = name not in DEVICE_PAGE_FORMATS and is_cpu_format(name)
+    if on_cpu_only or config.kv_layers or config.kv_center or config.kv_first_page:
+        raise InvalidArgument(
+            f"kv_format {name!r} with kv_layers={dict(config.kv_layers)}, kv_center="
+            f"{config.kv_center} and kv_first_page={config.kv_first_page!r} has no GPU kernels: "
+            "there, pages are fp32, bf16 or fp16, all alike; take kv_format='auto', or device='cpu'"
+        )
     page_format = DEVICE_PAGE_FORMATS.get(name)(choice.device)
     if name != FORMAT_OF[dtype]:
         raise InvalidArgument(

@@ -5,7 +5,8 @@ arrays (a CPU torch tensor is accepted too). Outputs are written in place where 
 
 KV pages of one layer: K `[pages, kv_heads, head_dim, page_size]` (transposed inside a page, so that
 the scores of 16 consecutive positions are one vector) and V
-`[pages, kv_heads, page_size, head_dim]`.
+`[pages, kv_heads, page_size, head_dim]`. In packed pools each is a `PackedPages` instead; what an
+operation does with them is the same.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dendrite_engine.kernels.packed import PackedPages
 from dendrite_engine.kernels.sampling_batch import SamplingBatch
 
 IntArray = NDArray[np.int32] | torch.Tensor
+Pages = torch.Tensor | PackedPages  # K or V of one layer
 
 OPERATIONS = (
-    "tree_attention", "add_rms_norm", "rope_store_kv", "silu_mul", "copy_pages", "sample",
-    "top_logprobs",
+    "tree_attention", "add_rms_norm", "rope_store_kv", "silu_mul", "copy_pages", "copy_packed",
+    "sample", "top_logprobs",
 )  # fmt: skip
 
 
@@ -70,15 +73,15 @@ class Kernels(Protocol):
         """Which instruction set and threads run, or why the native kernels don't."""
 
     def tree_attention(
-        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: PlanArrays,
+        self, q: torch.Tensor, k_pages: Pages, v_pages: Pages, plan: PlanArrays,
         out: torch.Tensor, scale: float, window: int = 0,
     ) -> None:  # fmt: skip
         """Attend every row to its own path through the tree of pages.
 
         Args:
             q: [T, heads, head_dim].
-            k_pages: [pages, kv_heads, head_dim, page_size].
-            v_pages: [pages, kv_heads, page_size, head_dim].
+            k_pages: [pages, kv_heads, head_dim, page_size], or packed.
+            v_pages: [pages, kv_heads, page_size, head_dim], or packed.
             plan: whose nodes tile 0 .. positions[r] for every row r, in ascending order. It must
                 not change between calls of one step: what is derived from it is kept.
             out: [T, heads, head_dim], written.
@@ -87,7 +90,8 @@ class Kernels(Protocol):
                 p > positions[r] - window.
 
         Raises:
-            InvalidArgument: shapes disagree, or the plan's nodes leave a gap.
+            InvalidArgument: shapes disagree, K and V are of different pools, or the plan's nodes
+                leave a gap.
         """
 
     def add_rms_norm(
@@ -101,7 +105,7 @@ class Kernels(Protocol):
 
     def rope_store_kv(
         self, qkv: torch.Tensor, positions: IntArray, cos: torch.Tensor, sin: torch.Tensor,
-        slots: IntArray, k_pages: torch.Tensor, v_pages: torch.Tensor, q_out: torch.Tensor,
+        slots: IntArray, k_pages: Pages, v_pages: Pages, q_out: torch.Tensor,
         q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, eps: float = 1e-6,
     ) -> None:  # fmt: skip
         """Rotate queries and keys (two-halves RoPE) and store K and V in their slots.
@@ -131,6 +135,9 @@ class Kernels(Protocol):
 
         `k_all` is [layers, pages, kv_heads, head_dim, page_size], `v_all` has the last two swapped.
         """
+
+    def copy_packed(self, data: torch.Tensor, copies: IntArray) -> None:
+        """Copy whole pages of a packed pool u8 [pages, page_bytes]; copies as in `copy_pages`."""
 
     def sample(
         self, logits: torch.Tensor, batch: SamplingBatch

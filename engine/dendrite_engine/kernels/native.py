@@ -6,7 +6,8 @@ costs about half a microsecond. What is derived from a plan is kept until anothe
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from dendrite_engine import _cpu
 from dendrite_engine.errors import InvalidArgument
-from dendrite_engine.kernels.base import IntArray, PlanArrays
+from dendrite_engine.kernels.base import IntArray, Pages, PlanArrays
+from dendrite_engine.kernels.packed_reference import check_pair
 from dendrite_engine.kernels.sampling_batch import SamplingBatch
 
 _F32 = torch.float32
@@ -38,6 +40,10 @@ def _refuse(operation: str, **tensors: tuple[torch.Tensor, tuple[int, ...]]) -> 
 
 def _ints(array: IntArray) -> NDArray[np.int32]:
     return array if type(array) is np.ndarray else torch.as_tensor(array).numpy()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class NativeKernels:
@@ -95,10 +101,13 @@ class NativeKernels:
         return schedule
 
     def tree_attention(
-        self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: PlanArrays,
+        self, q: torch.Tensor, k_pages: Pages, v_pages: Pages, plan: PlanArrays,
         out: torch.Tensor, scale: float, window: int = 0,
     ) -> None:  # fmt: skip
         """See `Kernels.tree_attention`. O(tokens that the rows see)."""
+        if not isinstance(k_pages, torch.Tensor) or not isinstance(v_pages, torch.Tensor):
+            self._packed_attention(q, k_pages, v_pages, plan, out, scale, window)
+            return
         shape = rows, heads, dim = q.shape
         pages, kv_heads, depth, page_size = k_pages.shape
         try:
@@ -122,6 +131,25 @@ class NativeKernels:
                 schedule, q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(),
                 heads, kv_heads, dim, pages, scale,
             )  # fmt: skip
+        except InvalidArgument:
+            raise
+        except ValueError as error:
+            raise InvalidArgument(f"tree_attention: {error}") from error
+
+    def _packed_attention(
+        self, q: torch.Tensor, k_pages: Pages, v_pages: Pages, plan: PlanArrays,
+        out: torch.Tensor, scale: float, window: int,
+    ) -> None:  # fmt: skip
+        shape = rows, heads, dim = q.shape
+        keys, values = check_pair(k_pages, v_pages, dim)
+        try:
+            schedule = self._schedule(plan, keys.page_size, window, heads // keys.kv_heads)
+            if schedule.num_rows != rows or out.shape != shape or not (_usable(q) and _usable(out)):
+                wanted = (schedule.num_rows, heads, dim)
+                _refuse("tree_attention", q=(q, wanted), out=(out, wanted))
+            self._context.tree_attention_packed(
+                schedule, q.data_ptr(), keys.address, values.address, out.data_ptr(), heads, scale
+            )
         except InvalidArgument:
             raise
         except ValueError as error:
@@ -154,13 +182,31 @@ class NativeKernels:
 
     def rope_store_kv(
         self, qkv: torch.Tensor, positions: IntArray, cos: torch.Tensor, sin: torch.Tensor,
-        slots: IntArray, k_pages: torch.Tensor, v_pages: torch.Tensor, q_out: torch.Tensor,
+        slots: IntArray, k_pages: Pages, v_pages: Pages, q_out: torch.Tensor,
         q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, eps: float = 1e-6,
     ) -> None:  # fmt: skip
         """See `Kernels.rope_store_kv`. O(T * row width)."""
         rows, heads, dim = q_out.shape
-        pages, kv_heads, depth, page_size = k_pages.shape
         positions_known = self._check_tables(cos, sin, dim // 2)
+        for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+            if norm is not None and (norm.shape != (dim,) or not _usable(norm)):
+                _refuse("rope_store_kv", **{name: (norm, (dim,))})
+        norms = (_address(q_norm), _address(k_norm), eps)
+        if not isinstance(k_pages, torch.Tensor) or not isinstance(v_pages, torch.Tensor):
+            keys, values = check_pair(k_pages, v_pages, dim)
+            width = (heads + 2 * keys.kv_heads) * dim
+            if qkv.shape != (rows, width) or not (_usable(qkv) and _usable(q_out)):
+                _refuse(
+                    "rope_store_kv", qkv=(qkv, (rows, width)), q_out=(q_out, (rows, heads, dim))
+                )
+            self._guarded(
+                "rope_store_kv", self._context.rope_store_packed,
+                qkv.data_ptr(), _ints(positions), cos.data_ptr(), sin.data_ptr(), _ints(slots),
+                keys.address, values.address, q_out.data_ptr(), *norms, rows, heads,
+                positions_known,
+            )  # fmt: skip
+            return
+        pages, kv_heads, depth, page_size = k_pages.shape
         if not (
             qkv.shape == (rows, (heads + 2 * kv_heads) * dim) and depth == dim
             and v_pages.shape == (pages, kv_heads, page_size, dim)
@@ -176,19 +222,20 @@ class NativeKernels:
                 k_pages=(k_pages, (pages, kv_heads, dim, page_size)),
                 v_pages=(v_pages, (pages, kv_heads, page_size, dim)),
             )
-        for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-            if norm is not None and (norm.shape != (dim,) or not _usable(norm)):
-                _refuse("rope_store_kv", **{name: (norm, (dim,))})
+        self._guarded(
+            "rope_store_kv", self._context.rope_store_kv,
+            qkv.data_ptr(), _ints(positions), cos.data_ptr(), sin.data_ptr(), _ints(slots),
+            k_pages.data_ptr(), v_pages.data_ptr(), q_out.data_ptr(), *norms, rows, heads,
+            kv_heads, dim, page_size, pages, positions_known,
+        )  # fmt: skip
+
+    @staticmethod
+    def _guarded(operation: str, call: Callable[..., None], *args: Any) -> None:
+        """Call the native side; what it refuses names the operation."""
         try:
-            self._context.rope_store_kv(
-                qkv.data_ptr(), _ints(positions), cos.data_ptr(), sin.data_ptr(), _ints(slots),
-                k_pages.data_ptr(), v_pages.data_ptr(), q_out.data_ptr(),
-                0 if q_norm is None else q_norm.data_ptr(),
-                0 if k_norm is None else k_norm.data_ptr(),
-                eps, rows, heads, kv_heads, dim, page_size, pages, positions_known,
-            )  # fmt: skip
+            call(*args)
         except ValueError as error:
-            raise InvalidArgument(f"rope_store_kv: {error}") from error
+            raise InvalidArgument(f"{operation}: {error}") from error
 
     def _check_tables(self, cos: torch.Tensor, sin: torch.Tensor, half: int) -> int:
         """Positions in the rotary tables; tables that passed once are known by identity."""
@@ -228,6 +275,19 @@ class NativeKernels:
             )  # fmt: skip
         except ValueError as error:
             raise InvalidArgument(f"copy_pages: {error}") from error
+
+    def copy_packed(self, data: torch.Tensor, copies: IntArray) -> None:
+        """See `Kernels.copy_packed`. O(copies * page)."""
+        if data.dtype is not torch.uint8 or data.ndim != 2 or not data.is_contiguous():
+            raise InvalidArgument(
+                f"copy_packed: data must be contiguous uint8 [pages, bytes], got {data.dtype} "
+                f"{list(data.shape)}"
+            )
+        if copies.ndim != 2 or copies.shape[1] != 3:
+            raise InvalidArgument(f"copy_packed: copies must be [C, 3], got {list(copies.shape)}")
+        self._guarded(
+            "copy_packed", self._context.copy_packed, data.data_ptr(), *data.shape, _ints(copies)
+        )
 
     def sample(
         self, logits: torch.Tensor, batch: SamplingBatch

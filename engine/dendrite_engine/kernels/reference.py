@@ -5,10 +5,14 @@ Signatures, shapes and layouts are those of `kernels.base.Kernels`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from dendrite_engine.errors import InvalidArgument
-from dendrite_engine.kernels.base import IntArray, PlanArrays
+from dendrite_engine.kernels import packed_reference
+from dendrite_engine.kernels.base import IntArray, Pages, PlanArrays
 from dendrite_engine.kernels.reference_sampling import sample, top_logprobs
 
 _MINUS_INF = float("-inf")
@@ -18,16 +22,33 @@ def _index(array: IntArray) -> torch.Tensor:
     return torch.as_tensor(array).to(torch.int64)
 
 
+NodeReader = Callable[[PlanArrays, int, int], tuple[torch.Tensor, torch.Tensor]]
+
+
 def tree_attention(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: PlanArrays,
-    out: torch.Tensor, scale: float, window: int = 0,
+    q: torch.Tensor, k_pages: Pages, v_pages: Pages, plan: PlanArrays, out: torch.Tensor,
+    scale: float, window: int = 0,
 ) -> None:  # fmt: skip
     """Attend every row to its path through the tree: node by node, merged by log-sum-exp.
 
     Each node's K and V are gathered once for all of its rows. O(rows * tokens) per node.
     """
+    if isinstance(k_pages, torch.Tensor) and isinstance(v_pages, torch.Tensor):
+        read = partial(_node_kv, k_pages, v_pages)
+        _attend(q, k_pages.shape[1], read, plan, out, scale, window)
+        return
+    keys, values = packed_reference.check_pair(k_pages, v_pages, q.shape[-1])
+    query = packed_reference.rotated_query(q, keys)
+    read = partial(packed_reference.node_keys_values, keys, values)
+    _attend(query, keys.kv_heads, read, plan, out, scale, window)
+    out.copy_(packed_reference.restored_output(out, values))
+
+
+def _attend(
+    q: torch.Tensor, kv_heads: int, read: NodeReader, plan: PlanArrays, out: torch.Tensor,
+    scale: float, window: int,
+) -> None:  # fmt: skip
     rows, heads, dim = q.shape
-    kv_heads = k_pages.shape[1]
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, dim) * scale
     positions = _index(plan.positions)
     best = torch.full((rows, kv_heads, heads // kv_heads, 1), _MINUS_INF)  # running maximum
@@ -39,7 +60,7 @@ def tree_attention(
         if begin == end or length == 0:
             continue
         span = slice(begin, end)
-        keys, values = _node_kv(k_pages, v_pages, plan, node, length)
+        keys, values = read(plan, node, length)
         scores = torch.einsum("rhgd,hdc->rhgc", grouped[span], keys)
         at = int(plan.node_pos[node]) + torch.arange(length)  # kv positions
         reader = positions[span, None]
@@ -84,15 +105,19 @@ def add_rms_norm(
 
 def rope_store_kv(
     qkv: torch.Tensor, positions: IntArray, cos: torch.Tensor, sin: torch.Tensor, slots: IntArray,
-    k_pages: torch.Tensor, v_pages: torch.Tensor, q_out: torch.Tensor,
+    k_pages: Pages, v_pages: Pages, q_out: torch.Tensor,
     q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None, eps: float = 1e-6,
 ) -> None:  # fmt: skip
     """Rotate queries and keys and store K and V in their slots; slot -1 is not stored."""
     rows, heads, dim = q_out.shape
-    kv_heads, page_size = k_pages.shape[1], k_pages.shape[3]
+    if isinstance(k_pages, torch.Tensor):
+        num_pages, kv_heads, _, page_size = k_pages.shape
+    else:
+        packed_reference.check_pair(k_pages, v_pages, dim)
+        num_pages, kv_heads, page_size = k_pages.num_pages, k_pages.kv_heads, k_pages.page_size
     at, slot = _index(positions)[:rows], _index(slots)[:rows]
     _check_range("positions", at, 0, len(cos))
-    _check_range("slots", slot, -1, len(k_pages) * page_size)
+    _check_range("slots", slot, -1, num_pages * page_size)
     states = qkv.reshape(rows, heads + 2 * kv_heads, dim)
     query, key, value = torch.split(states, [heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
@@ -103,8 +128,14 @@ def rope_store_kv(
     q_out.copy_(_rotate(query, *angles))
     stored = slot >= 0
     page, offset = slot[stored] // page_size, slot[stored] % page_size
-    k_pages[page, :, :, offset] = _rotate(key, *angles)[stored]
-    v_pages[page, :, offset, :] = value[stored]
+    key, value = _rotate(key, *angles)[stored], value[stored]
+    if isinstance(k_pages, torch.Tensor) and isinstance(v_pages, torch.Tensor):
+        k_pages[page, :, :, offset] = key
+        v_pages[page, :, offset, :] = value
+    else:
+        keys, values = packed_reference.check_pair(k_pages, v_pages, dim)
+        packed_reference.store(keys, key, page, offset)
+        packed_reference.store(values, value, page, offset)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -149,5 +180,6 @@ class ReferenceKernels:
     rope_store_kv = staticmethod(rope_store_kv)
     silu_mul = staticmethod(silu_mul)
     copy_pages = staticmethod(copy_pages)
+    copy_packed = staticmethod(packed_reference.copy_packed)
     sample = staticmethod(sample)
     top_logprobs = staticmethod(top_logprobs)

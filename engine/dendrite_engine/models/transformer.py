@@ -67,9 +67,8 @@ class Transformer:
         attended = torch.empty_like(q)
         gated = torch.empty(rows, config.intermediate_size)
         update: torch.Tensor | None = None
-        for index, layer in enumerate(self.layers):
+        for layer, (k_pages, v_pages) in zip(self.layers, pages.views(), strict=True):
             _norm(ops, update, residual, layer.input_norm, eps, normed)
-            k_pages, v_pages = pages.layer(index)
             ops.rope_store_kv(
                 layer.qkv(normed), batch.positions, self._cos, self._sin, batch.slots,
                 k_pages, v_pages, q, layer.q_norm, layer.k_norm, eps,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from dendrite_engine.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from dendrite_engine.cache.formats.packed import PackedStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,14 @@ class PageShape:
     page_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class DenseStore:
+    """K and V of a pool of unquantised pages: tensors [num_layers, num_pages, ...]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
 class PageFormat(ABC):
     """A value type that answers size questions and allocates the tensors of a pool."""
 
@@ -39,9 +51,18 @@ class PageFormat(ABC):
         """Bytes of K and V of one page in all layers."""
         return self.bytes_per_token(shape) * shape.page_size
 
+    def pool_bytes(self, shape: PageShape) -> int:
+        """Bytes of a pool of `shape.num_pages` pages."""
+        return self.bytes_per_page(shape) * shape.num_pages
+
+    def ratio(self, shape: PageShape) -> float:
+        """How many times less memory a token takes than with 16-bit numbers."""
+        numbers = 2 * shape.num_layers * shape.kv_heads * shape.head_dim
+        return 2 * numbers / self.bytes_per_token(shape)
+
     @abstractmethod
-    def allocate(self, shape: PageShape) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uninitialised K and V tensors; the first dimensions are [num_layers, num_pages, ...]."""
+    def allocate(self, shape: PageShape) -> DenseStore | PackedStore:
+        """Memory for a pool, uninitialised on the CPU."""
 
 
 def pool_shape(
@@ -59,11 +80,21 @@ def pool_shape(
         InvalidArgument: the budget holds no page.
     """
     if num_pages is None:
-        page_bytes = page_format.bytes_per_page(unit)
-        num_pages = budget // page_bytes
+        page_bytes = page_format.pool_bytes(unit)
+        num_pages = _most_pages(page_format, unit, budget)
         if num_pages < 1:
             raise InvalidArgument(
                 f"kv_budget of {budget} bytes holds no page: one page of this model takes "
                 f"{page_bytes} bytes ({unit.page_size} tokens, {page_format.name})"
             )
     return replace(unit, num_pages=num_pages)
+
+
+def _most_pages(page_format: PageFormat, unit: PageShape, budget: int) -> int:
+    """The largest pool that fits; its bytes grow with its pages."""
+    low, high = 0, budget // page_format.bytes_per_page(unit)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = page_format.pool_bytes(replace(unit, num_pages=middle)) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low

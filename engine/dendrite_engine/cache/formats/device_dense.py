@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dendrite_engine.cache.formats.base import PageFormat, PageShape
+from dendrite_engine.cache.formats.base import DenseStore, PageFormat, PageShape
 
 
 class DeviceDense(PageFormat):
@@ -23,12 +23,12 @@ class DeviceDense(PageFormat):
         """K and V of all layers: 2 * layers * kv_heads * head_dim numbers."""
         return 2 * shape.num_layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize
 
-    def allocate(self, shape: PageShape) -> tuple[torch.Tensor, torch.Tensor]:
+    def allocate(self, shape: PageShape) -> DenseStore:
         """K and V on the device, all zero: kernels rely on every V being finite."""
         sizes = (
             shape.num_layers, shape.num_pages, shape.kv_heads, shape.page_size, shape.head_dim,
         )  # fmt: skip
-        return (
+        return DenseStore(
             torch.zeros(sizes, dtype=self.dtype, device=self.device),
             torch.zeros(sizes, dtype=self.dtype, device=self.device),
         )
