@@ -71,7 +71,7 @@ def figure(report: dict[str, Any]) -> go.Figure:
     plot.update_xaxes(title_text="layer", row=1, col=2)
     plot.update_yaxes(title_text="relative L2 error", type="log", row=1, col=2)
     plot.update_layout(
-        title=f"{report['model']}: {report['text']}",
+        title={"text": f"{report['model']}<br><sub>{report['text']}</sub>", "font": {"size": 15}},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": _GREY},
