@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 import torch
+from graph_fakes import RecordedGraphs
 
 from dendrite_engine import SamplingParams
 from dendrite_engine.attention import DEVICE_ATTENTION_BACKENDS, AttentionSetup
 from dendrite_engine.attention.device_tree import DeviceTreeAttention
-from dendrite_engine.device.graphs import GraphCache
 from dendrite_engine.device.metadata import Metadata
 from dendrite_engine.kernels.device_ops import DeviceKernels
 from dendrite_lab.bench.gpu_trees import parse_tree, plan_tree
@@ -93,29 +93,11 @@ def test_both_variants_attend_alike(monkeypatch):
         torch.testing.assert_close(wide, narrow, atol=1e-2, rtol=1e-2)
 
 
-class _Recorded:
-    """A graph that calls again what it would have captured."""
-
-    def __init__(self, launch) -> None:
-        self.replay = launch
-
-
-class _RecordedGraphs(GraphCache):
-    """Captures without a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__(is_on=False, reason="")
-        self.is_on = True
-
-    def _captured(self, launch):
-        return _Recorded(launch)
-
-
 def test_a_size_is_captured_once_for_each_variant(make_engine, monkeypatch):
     eager, engine = (
         make_engine("llama-wide", device="cuda-twin", dtype="bfloat16") for _ in range(2)
     )
-    graphs = engine._parts.runner.state.graphs = _RecordedGraphs()
+    graphs = engine._parts.runner.state.graphs = RecordedGraphs()
 
     def decode(engine, turn):
         monkeypatch.setattr(DeviceTreeAttention, "_choose", lambda *_: next(turn))

@@ -6,44 +6,22 @@ so a part that kept something of the step it was captured in is found here too.
 
 from __future__ import annotations
 
-import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from graph_fakes import RecordedGraphs
 
 from dendrite_engine import SamplingParams
-from dendrite_engine.device.graphs import GraphCache, chain_of
+from dendrite_engine.device.graphs import chain_of
 
 GREEDY = SamplingParams(max_tokens=5, ignore_eos=True)
 TEXT = "a chain is as strong as its weakest link, "
 DEPTHS = (1, 2, 9)  # layers of models that there are
 
 
-class _Recorded:
-    """A graph that calls again what it would have captured."""
-
-    def __init__(self, launch) -> None:
-        self.replay = launch
-
-
-class _RecordedGraphs(GraphCache):
-    """Captures without a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__(is_on=False, reason="")
-        self.is_on, self.reason = True, "on: recorded"
-        self.refused = -1  # the graph, counted from 0, that can't be captured
-        self._count = itertools.count()
-
-    def _captured(self, launch):
-        if next(self._count) == self.refused:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
-        return _Recorded(launch)
-
-
-def _record(engine) -> _RecordedGraphs:
-    graphs = _RecordedGraphs()
+def _record(engine) -> RecordedGraphs:
+    graphs = RecordedGraphs()
     engine._parts.runner.state.graphs = graphs
     return graphs
 
