@@ -235,6 +235,6 @@ def _report(
         "dtype": str(model.dtype).removeprefix("torch."),
         "kernels": f"{choice.ops.name}: {choice.ops.reason}",
         "attention": f"{attention.name}: {attention.reason}",
-        "linear": f"cublas: {model.linear.reason}",
+        "linear": model.linear.reason,
         "graphs": graphs.reason,
     }

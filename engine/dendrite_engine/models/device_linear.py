@@ -208,8 +208,8 @@ class DeviceLinearFactory:
         if self.deterministic:
             return f"tiles of {DEVICE_DETERMINISTIC_TILE} rows"
         if self._ops is None:
-            return "torch.mm"
-        return "skinny_linear and stream_linear for few rows, torch.mm for the rest"
+            return "cublas by torch.mm"
+        return "skinny_linear and stream_linear for few rows, cublas by torch.mm for the rest"
 
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DeviceLinear:
         """Linear of `weight` [out, in] and `bias` [out] or None."""
