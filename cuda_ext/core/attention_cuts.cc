@@ -22,8 +22,14 @@ constexpr int64_t kSlotCost = 1;      // reading each partial result in it
 constexpr int64_t kMinTiles = 2;   // a piece has at least this much, if there is so much
 constexpr int64_t kMaxSlots = 64;  // partial results of a block that are thought of
 constexpr int64_t kPiecesAWorker = 4;
+constexpr int64_t kShareTiles[] = {16, 8, 4, 2};  // of a piece of a cell, thought of
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Share i of n has the rows [rows * i / n, rows * (i + 1) / n).
+int32_t share_of(int32_t row, int32_t parts, int32_t rows) {
+  return parts == 1 ? 0 : ((row + 1) * parts - 1) / rows;
+}
 
 class Chooser {
  public:
@@ -68,11 +74,6 @@ class Chooser {
     total_ = std::accumulate(sizes_.begin(), sizes_.end(), int64_t{0});
     longest_ = *std::max_element(sizes_.begin(), sizes_.end());
     return true;
-  }
-
-  // Share i of n has the rows [rows * i / n, rows * (i + 1) / n).
-  static int32_t share_of(int32_t row, int32_t parts, int32_t rows) {
-    return parts == 1 ? 0 : ((row + 1) * parts - 1) / rows;
   }
 
   void try_lengths() {
@@ -134,15 +135,96 @@ class Chooser {
   AttentionCuts best_{1, 1};
 };
 
+// Shares of the rows of cells.
+class Sharer {
+ public:
+  Sharer(const std::vector<AttentionRun>& runs, const std::vector<AttentionCell>& cells,
+         int32_t workers)
+      : cells_(cells), workers_(workers), begin_(cells.size() + 1, 0), entries_(cells.size(), 0) {
+    for (const AttentionRun& run : runs) {
+      ++begin_[run.cell + 1];
+      entries_[run.cell] += run.to - run.from;
+    }
+    std::partial_sum(begin_.begin(), begin_.end(), begin_.begin());
+    std::vector<int64_t> next(begin_.begin(), begin_.end() - 1);
+    runs_.resize(runs.size());
+    for (const AttentionRun& run : runs) runs_[next[run.cell]++] = &run;
+  }
+
+  std::vector<int32_t> choose() {
+    std::vector<int32_t> fewest, best;
+    for (size_t c = 0; c < cells_.size(); ++c)
+      fewest.push_back(static_cast<int32_t>(
+          std::min<int64_t>(cells_[c].rows, divide_up(entries_[c], cells_[c].longest))));
+    best = fewest;
+    int64_t best_cost = cost(fewest), pieces = std::reduce(fewest.begin(), fewest.end(), int64_t{0});
+    for (const int64_t tiles : kShareTiles) {
+      const std::vector<int32_t> shares = share_out(fewest, tiles * kTileUnits);
+      const int64_t count = std::reduce(shares.begin(), shares.end(), int64_t{0});
+      if (count > kPiecesAWorker * workers_) break;
+      if (count == pieces) continue;
+      pieces = count;
+      const int64_t now = cost(shares);
+      if (now >= best_cost) continue;
+      best_cost = now;
+      best = shares;
+    }
+    return best;
+  }
+
+ private:
+  // As many shares as pieces of `entries` need, where that adds an eighth to what is read at most.
+  std::vector<int32_t> share_out(const std::vector<int32_t>& fewest, int64_t entries) const {
+    std::vector<int32_t> shares = fewest;
+    for (size_t c = 0; c < cells_.size(); ++c) {
+      const auto more = static_cast<int32_t>(
+          std::min<int64_t>(cells_[c].rows, divide_up(entries_[c], entries)));
+      if (more > fewest[c] && 8 * read(c, more) <= 9 * read(c, fewest[c])) shares[c] = more;
+    }
+    return shares;
+  }
+
+  // Entries that all shares of a cell read.
+  int64_t read(size_t cell, int32_t shares) const {
+    const int32_t rows = cells_[cell].rows;
+    int64_t total = 0;
+    for (int64_t i = begin_[cell]; i < begin_[cell + 1]; ++i)
+      total += int64_t{runs_[i]->to - runs_[i]->from} *
+               (share_of(runs_[i]->row_end - 1, shares, rows) -
+                share_of(runs_[i]->row_begin, shares, rows) + 1);
+    return total;
+  }
+
+  // What the busiest worker does, if shares of a cell are alike.
+  int64_t cost(const std::vector<int32_t>& shares) {
+    costs_.clear();
+    for (size_t c = 0; c < cells_.size(); ++c) {
+      if (shares[c] == 0) continue;
+      const int64_t tiles = divide_up(read(c, shares[c]), shares[c] * kTileUnits);
+      costs_.insert(costs_.end(), shares[c], kTileCost * tiles + kSegmentCost + kPartialCost);
+    }
+    std::sort(costs_.begin(), costs_.end(), std::greater<>());
+    LeastLoaded loads(static_cast<int32_t>(workers_));
+    for (const int64_t cost : costs_) loads.take(cost);
+    return loads.most();
+  }
+
+  const std::vector<AttentionCell>& cells_;
+  const int64_t workers_;
+  std::vector<int64_t> begin_, entries_;  // of each cell
+  std::vector<const AttentionRun*> runs_;  // by cell
+  std::vector<int64_t> costs_;
+};
+
 }  // namespace
 
 int32_t chunk_shift(int32_t position) {
-  return position < 4096 ? 8 : std::bit_width(uint32_t(position)) - 4;
+  return position < 8192 ? 9 : std::bit_width(uint32_t(position)) - 4;
 }
 
 int32_t chunk_of(int32_t position) {
   const int32_t shift = chunk_shift(position);
-  return (position < 4096 ? 0 : 8 * (shift - 8)) + (position >> shift);
+  return 8 * (shift - 9) + (position >> shift);
 }
 
 int32_t chunk_end(int32_t position) {
@@ -172,6 +254,11 @@ int32_t LeastLoaded::take(int64_t cost) {
 AttentionCuts choose_cuts(const std::vector<AttentionRun>& runs,
                           const std::vector<int32_t>& block_rows, int32_t workers) {
   return Chooser(runs, block_rows, workers).choose();
+}
+
+std::vector<int32_t> choose_shares(const std::vector<AttentionRun>& runs,
+                                   const std::vector<AttentionCell>& cells, int32_t workers) {
+  return Sharer(runs, cells, workers).choose();
 }
 
 }  // namespace dendrite

@@ -13,7 +13,7 @@ struct AttentionRun {
   int32_t old;                 // units of the node before the first with a token of this step
 };
 
-// Chunks of the deterministic mode: every 256 positions up to 4096, then 8 for each doubling.
+// Chunks of the deterministic mode: every 512 positions up to 8192, then 8 for each doubling.
 int32_t chunk_shift(int32_t position);
 int32_t chunk_of(int32_t position);
 int32_t chunk_end(int32_t position);
@@ -40,5 +40,17 @@ struct AttentionCuts {
 // merge of partial results, if there are any. `runs` of block `cell`; rows of each block.
 AttentionCuts choose_cuts(const std::vector<AttentionRun>& runs,
                           const std::vector<int32_t>& block_rows, int32_t workers);
+
+// What a block reads of one chunk: its rows, and units of the whole chunk.
+struct AttentionCell {
+  int32_t rows;
+  int64_t longest;
+};
+
+// Pieces of every cell, of which each has a part of the rows; 0 for a cell that reads nothing. The
+// cuts are fixed, but a row's result does not depend on the rows beside it: these are chosen, by the
+// same model.
+std::vector<int32_t> choose_shares(const std::vector<AttentionRun>& runs,
+                                   const std::vector<AttentionCell>& cells, int32_t workers);
 
 }  // namespace dendrite

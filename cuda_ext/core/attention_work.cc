@@ -144,28 +144,26 @@ class Builder {
                          static_cast<int32_t>(rows * (i + 1) / shares), 0, 0});
   }
 
-  // A cell is what a block reads of one chunk. Cells become pieces; those whose entries are mostly of
-  // single rows, several pieces with a part of the rows each.
+  // A cell is what a block reads of one chunk. Cells become pieces, or several with a part of the
+  // rows each.
   void place_cells() {
     std::vector<int64_t> cell_indptr(num_blocks_ + 1, 0);
     for (int64_t b = 0; b < num_blocks_; ++b)
       cell_indptr[b + 1] = cell_indptr[b] + std::max(0, last_chunk_[b] - first_chunk_[b] + 1);
-    std::vector<int64_t> entries(cell_indptr[num_blocks_], 0), longest(entries.size(), 0);
+    std::vector<AttentionCell> cells(cell_indptr[num_blocks_], AttentionCell{0, 1});
     for (size_t i = 0; i < runs_.size(); ++i) {
       const int32_t b = run_block_[i];
       AttentionRun& run = runs_[i];
       run.cell += static_cast<int32_t>(cell_indptr[b]) - first_chunk_[b];
-      entries[run.cell] += run.to - run.from;
       const int32_t position = plan_.node_pos[run.node] + run.from * unit_;
-      longest[run.cell] = (int64_t{1} << chunk_shift(position)) / unit_;
+      cells[run.cell] = {block_rows_[b], (int64_t{1} << chunk_shift(position)) / unit_};
     }
+    const std::vector<int32_t> shares = choose_shares(runs_, cells, cut_.workers);
     std::vector<int64_t> piece_indptr(1, 0);
     for (int64_t b = 0; b < num_blocks_; ++b) {
       int32_t part = 0;
       for (int64_t c = cell_indptr[b]; c < cell_indptr[b + 1]; ++c) {
-        if (entries[c] > 0)
-          add_pieces(b, part++, std::min<int64_t>(
-                                    block_rows_[b], (entries[c] + longest[c] - 1) / longest[c]));
+        if (shares[c] > 0) add_pieces(b, part++, shares[c]);
         piece_indptr.push_back(static_cast<int64_t>(pieces_.size()));
       }
     }

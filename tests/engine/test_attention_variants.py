@@ -47,15 +47,22 @@ def test_a_prompt_keeps_the_wide_tile(heads, head_dim):
     assert chosen("prompt 512 after 512", num_heads=heads, head_dim=head_dim) == 0
 
 
-def test_small_heads_take_the_narrow_tile_unless_nearly_everything_is_shared():
-    assert chosen("1,64; 1024,16", head_dim=128) == 0
-    assert chosen("1,64; 1024,256", head_dim=64) == 1
+def test_small_heads_take_the_narrow_tile_unless_much_is_read_by_many_rows():
+    assert chosen("1,64; 4096,16", head_dim=128) == 0
+    assert chosen("1,64; 4096,16", head_dim=64) == 1
+    assert chosen("1,64; 32768,16", head_dim=64) == 0
+    assert chosen("1,64; 4096,16", head_dim=64, deterministic=True) == 0
+
+
+@pytest.mark.parametrize("tree", [SHARED, PRIVATE])
+def test_the_deterministic_mode_chooses_by_the_tree_too(tree):
+    """A row's bits do not depend on the tile: tests/kernels/test_device_attention.py."""
+    assert chosen(tree, deterministic=True) == chosen(tree)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"deterministic": True},
         {"dtype": torch.float32},
         {"head_dim": 256},
         {"num_heads": 8 * 128},  # more queries of one row than a narrow tile has

@@ -17,6 +17,11 @@ _NARROW = 1  # the variant with tiles of 64 queries where those of variant 0 hav
 # Tiles of 64 queries are taken below so many times the page reads of tiles of 128. From runs on an
 # H100 over trees of 1 to 1,024 branches; prompts, which read twice as much, stay with 128.
 _MAX_READS = {64: 1.95, 96: 1.1, 128: 1.1}  # by head_dim
+# Pages read by tiles of 128, times kv heads, up to which heads of 64 take tiles of 64 queries in a
+# captured pass whatever the tree: two blocks on a multiprocessor hide each other's start.
+_FEW_READS = {64: 24576}
+# With cuts at fixed positions there are too few pieces for twice as many blocks.
+_MAX_READS_AT_FIXED_CUTS, _FEW_READS_AT_FIXED_CUTS = 1.1, 0
 
 
 class DeviceTreeAttention(DeviceAttention):
@@ -43,7 +48,7 @@ class DeviceTreeAttention(DeviceAttention):
             tile: setup.ops.tree_attention_workers(like, setup.head_dim, setup.num_kv_heads, tile)
             for tile in {self._tile(1), self._tile(setup.max_rows)}
         }
-        self._max_reads = 0.0 if self._is_fixed() else _MAX_READS.get(setup.head_dim, 0.0)
+        self._max_reads, self._few_reads = self._limits()
         self._slots = 0
         self._reserve(2 * max(self._workers.values()))
         self.reason = f"{setup.ops.name} kernel ({setup.ops.reason}){note}"
@@ -54,23 +59,28 @@ class DeviceTreeAttention(DeviceAttention):
         wide = setup.dtype != torch.float32 and setup.head_dim <= 128
         return 128 if wide and rows * self._group > 64 and variant != _NARROW else 64
 
-    def _is_fixed(self) -> bool:
-        """Whether there is one variant only: a row's bits may not depend on the tree, or there is
-        one tile.
-        """
-        return self._setup.deterministic or len(self._workers) == 1
+    def _limits(self) -> tuple[float, int]:
+        """Up to which page reads the narrow tile is taken; see the constants."""
+        if len(self._workers) == 1 or self._setup.head_dim not in _MAX_READS:
+            return 0.0, 0
+        if self._setup.deterministic:
+            return _MAX_READS_AT_FIXED_CUTS, _FEW_READS_AT_FIXED_CUTS
+        return _MAX_READS[self._setup.head_dim], _FEW_READS.get(self._setup.head_dim, 0)
 
     def _choose(self, plan: Plan, rows: int) -> int:
         """The variant for a plan; O(nodes).
 
         Two tiles of 64 queries run side by side where one of 128 does, and a page of few rows
         occupies half as much; but pages that many rows share are read by twice as many tiles.
+        A row's bits are the same either way: its operations are those of the entries it reads.
         """
         if not self._max_reads or self._tile(rows) == 64:
             return 0
         nodes = plan.node_row_begin, plan.node_row_end, plan.node_page_indptr
         wide, narrow = (self._reads(*nodes, tile // self._group) for tile in (128, 64))
-        return _NARROW if narrow < self._max_reads * wide else 0
+        few = self._setup.num_kv_heads * wide <= self._few_reads
+        few = few and rows <= self._setup.graph_rows
+        return _NARROW if few or narrow < self._max_reads * wide else 0
 
     def _reserve(self, slots: int) -> None:
         """Scratch for so many partial results."""

@@ -21,6 +21,7 @@ _SLOT_COST = 1  # reading each partial result in it
 _MIN_TILES = 2  # a piece has at least this much, if there is so much
 _MAX_SLOTS = 64  # partial results of a block that are thought of
 _PIECES_A_WORKER = 4
+_SHARE_TILES = (16, 8, 4, 2)  # of a piece of a cell, thought of
 
 
 class Run(NamedTuple):
@@ -44,15 +45,15 @@ class Cuts(NamedTuple):
 
 
 def _chunk_shift(position: int) -> int:
-    return 8 if position < 4096 else position.bit_length() - 4
+    return 9 if position < 8192 else position.bit_length() - 4
 
 
 def chunk_of(position: int) -> int:
-    """Number of the deterministic chunk of a position: 256 long up to 4096, then 8 for each
+    """Number of the deterministic chunk of a position: 512 long up to 8192, then 8 for each
     doubling.
     """
     shift = _chunk_shift(position)
-    return (0 if position < 4096 else 8 * (shift - 8)) + (position >> shift)
+    return 8 * (shift - 9) + (position >> shift)
 
 
 def chunk_begin(position: int) -> int:
@@ -152,3 +153,67 @@ class _Chooser:
         if self._best_cost is None or cost < self._best_cost:
             self._best_cost, self.best = cost, Cuts(shares, length)
         return len(cut)
+
+
+class Cell(NamedTuple):
+    """What a block reads of one chunk.
+
+    Attributes:
+        rows: of the block.
+        longest: units of the whole chunk.
+        runs: what is read of it, at least one.
+    """
+
+    rows: int
+    longest: int
+    runs: list[Run]
+
+    def pieces(self, entries: int) -> int:
+        """Shares of the rows so that a piece has about so many entries."""
+        mine = sum(run.last - run.first for run in self.runs)
+        return min(self.rows, -(-mine // entries))
+
+    def read(self, shares: int) -> int:
+        """Entries that all shares of the rows read."""
+        return sum(
+            (run.last - run.first)
+            * (
+                ((run.end * shares - 1) // self.rows)
+                - (((run.begin + 1) * shares - 1) // self.rows)
+                + 1
+            )
+            for run in self.runs
+        )
+
+
+def choose_shares(cells: list[Cell], workers: int) -> list[int]:
+    """Pieces of every cell, of which each has a part of the rows. The cuts are fixed, but a row's
+    result does not depend on the rows beside it: these are chosen, by the same model.
+    """
+    fewest = [cell.pieces(cell.longest) for cell in cells]
+    best, best_cost, count = fewest, _cost_of_shares(cells, fewest, workers), sum(fewest)
+    for tiles in _SHARE_TILES:
+        shares = [
+            more if more > few and 8 * cell.read(more) <= 9 * cell.read(few) else few
+            for cell, few in zip(cells, fewest, strict=True)
+            for more in (cell.pieces(tiles * TILE),)
+        ]
+        if sum(shares) > _PIECES_A_WORKER * workers:
+            break
+        if sum(shares) == count:
+            continue
+        count = sum(shares)
+        cost = _cost_of_shares(cells, shares, workers)
+        if cost < best_cost:
+            best, best_cost = shares, cost
+    return best
+
+
+def _cost_of_shares(cells: list[Cell], shares: list[int], workers: int) -> int:
+    """What the busiest worker does, if shares of a cell are alike."""
+    costs = [
+        _TILE_COST * -(-cell.read(parts) // (parts * TILE)) + _SEGMENT_COST + _PARTIAL_COST
+        for cell, parts in zip(cells, shares, strict=True)
+        for _ in range(parts)
+    ]
+    return deal(sorted(costs, reverse=True), workers)[1]

@@ -12,8 +12,10 @@ import numpy as np
 
 from dendrite_engine.cache.reference_cuts import (
     TILE,
+    Cell,
     Run,
     choose_cuts,
+    choose_shares,
     chunk_begin,
     chunk_end,
     chunk_of,
@@ -79,7 +81,7 @@ def attention_work(
     ]
     length = 1
     if deterministic:
-        parts = _fixed_parts(cells, blocks, node_pos, unit)
+        parts = _fixed_parts(cells, blocks, node_pos, unit, workers)
     else:
         runs = [chunks.get(0, []) for chunks in cells]
         rows_of = [block[1] for block in blocks]
@@ -125,19 +127,25 @@ def _visible(
 
 
 def _fixed_parts(
-    cells: list[dict[int, list[Run]]], blocks: list[list[int]], node_pos: np.ndarray, unit: int
+    cells: list[dict[int, list[Run]]],
+    blocks: list[list[int]],
+    node_pos: np.ndarray,
+    unit: int,
+    workers: int,
 ) -> list[tuple[_Piece, list[Run]]]:
-    """What each block reads of each chunk; where that is mostly of single rows, in several pieces
-    with a part of the rows each.
-    """
-    parts = []
+    """What each block reads of each chunk, in one piece or several with a part of the rows each."""
+    places, found = [], []
     for block, chunks in enumerate(cells):
         for part, chunk in enumerate(sorted(chunks)):
             runs = chunks[chunk]
             at = int(node_pos[runs[-1].node]) + runs[-1].first * unit
-            longest = (chunk_end(at) - chunk_begin(at)) // unit
-            shares = -(-sum(run.last - run.first for run in runs) // longest)
-            parts += _shared_out(block, part, blocks[block][1], runs, shares)
+            places.append((block, part))
+            found.append(Cell(blocks[block][1], (chunk_end(at) - chunk_begin(at)) // unit, runs))
+    parts = []
+    for (block, part), cell, shares in zip(
+        places, found, choose_shares(found, workers), strict=True
+    ):
+        parts += _shared_out(block, part, cell.rows, cell.runs, shares)
     return parts
 
 
