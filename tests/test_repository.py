@@ -31,7 +31,7 @@ LAYERS = (
     ("ahead",),
     ("decoding", "forward"),
     ("loop",),
-    ("build", "requests"),
+    ("build", "requests", "snapshots"),
     ("engine",),
     ("search",),
 )

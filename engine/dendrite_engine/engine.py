@@ -30,6 +30,7 @@ from dendrite_engine.requests import (
     wait_for,
 )
 from dendrite_engine.sampling_params import SamplingParams
+from dendrite_engine.snapshots.host import SavesBranches
 from dendrite_engine.trace import Trace
 from dendrite_engine.tree.branch import Branch
 from dendrite_engine.types import Completion, EngineStats, TokenAlternative, TokenEvent
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
-class Engine:
+class Engine(SavesBranches):
     """A language model whose unit of work is a tree of branches.
 
     Make one with `Engine.from_pretrained`. All methods may be called from any thread; the model
@@ -276,6 +277,12 @@ class Engine:
         return start_search(
             self, root, algorithm, budget, evaluator=evaluator, params=params, **options
         )
+
+    def resume_search(self, path: str | Path, **options: Any) -> SearchHandle:
+        """Go on with a search that `SearchHandle.save` wrote; see `search.resume_search`."""
+        from dendrite_engine.search import resume_search
+
+        return resume_search(self, path, **options)
 
     # -- state --------------------------------------------------------------------------------
 
