@@ -69,7 +69,7 @@ def save_branches(
     if not branches:
         raise InvalidArgument("branches: give at least one")
     order = sorted(branches, key=lambda branch: branch.id)
-    if any(a is b for a, b in zip(order, order[1:], strict=False)):
+    if len({branch.id for branch in order}) < len(order):
         raise InvalidArgument("branches: one is listed twice")
     places = {branch.id: place for place, branch in enumerate(order)}
     trie = _Trie()
@@ -224,7 +224,7 @@ def _remake(
     if row["source"] < 0:
         return plant(engine, ids.tolist(), logprobs.tolist(), namespace)
     source, shared = made[row["source"]], row["shared"]
-    fork = source.fork(1, at=shared)[0]
+    fork: Branch = source.fork(1, at=shared)[0]
     try:
         grow(fork, ids.tolist(), logprobs.tolist())
     except BaseException:
