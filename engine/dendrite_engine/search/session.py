@@ -184,7 +184,8 @@ class SearchSession:
                 if node.pinned or (self.algorithm.keep_tree and node.branch is not None)
             }
         keeper.prune_all(keep)
-        keeper.regrow(tree, best)
+        # where the pool can't hold the best path, the longest part of it that fits
+        best = next((n for n in reversed(best.path()) if keeper.regrow(tree, n)), best)
         for node in tree.nodes if self.algorithm.keep_tree else ():
             keeper.revive(node)
         self._forget_pruned()
