@@ -161,6 +161,7 @@ class Engine(SavesBranches):
         *,
         on_event: EventCallback | None = None,
         priority: int = 0,
+        values: Sequence[float] | None = None,
     ) -> Job:
         """Start generating on `branches`, all in one batch per step, and return at once.
 
@@ -169,6 +170,7 @@ class Engine(SavesBranches):
             params: one SamplingParams for all, or one per branch.
             on_event: called with every TokenEvent on the engine thread; it must only enqueue.
             priority: higher runs first when not everything fits one step.
+            values: one number per branch; among equally patient branches, higher runs first.
 
         Raises:
             StaleBranch: a branch was pruned or belongs to another engine.
@@ -185,7 +187,9 @@ class Engine(SavesBranches):
                     num_tokens=branch.num_tokens,
                     max_context=self.max_context,
                 )
-        return self._start(Job(targets, rows, on_event=on_event, priority=priority))
+        if values is not None and len(values) != len(targets):
+            raise InvalidArgument(f"{len(targets)} branches but {len(values)} values")
+        return self._start(Job(targets, rows, on_event=on_event, priority=priority, values=values))
 
     def generate(
         self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0

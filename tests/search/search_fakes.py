@@ -233,7 +233,7 @@ class FakeEngine:
     def branches(self) -> list[FakeBranch]:
         return [self.live[i] for i in sorted(self.live)]
 
-    def submit(self, branches, params, *, on_event=None, priority: int = 0) -> FakeJob:
+    def submit(self, branches, params, *, on_event=None, priority: int = 0, values=None) -> FakeJob:
         if self.closed:
             raise EngineClosed("the engine was closed")
         for branch in branches:

@@ -106,6 +106,7 @@ class Runner:
         self.keeper = BranchKeeper(engine)
         self.settle = self.keeper.settle
         self._pages = Shortage(engine, self.keeper)
+        self._part: Sequence[Work] = ()  # what runs now
         self._engine = engine
         self._eos = frozenset(engine.model_config.eos_token_ids)
         self._guard = None if evaluator is None else EvaluatorGuard(bind(evaluator, root))
@@ -143,6 +144,7 @@ class Runner:
         return [work.outcome for work in works]
 
     def _run_part(self, works: Sequence[Work]) -> None:
+        self._part = works
         self._look(works)
         expanding = [w for w in works if w.trial.action == "expand" and w.unfinished]
         self._fork(expanding)
@@ -339,12 +341,20 @@ class Runner:
             done[branch.id] = _ended(branch, "stale", error)
         return True
 
+    def _worths(self, branches: Sequence[Branch]) -> list[float]:
+        """What the nodes above these branches are worth: who runs first where not all can."""
+        worth = self.keeper.worth
+        above = {w.branch.id: w.trial.node for w in self._part if w.outcome.branch is not None}
+        above |= {w.rollout.id: w.trial.node for w in self._part if w.rollout is not None}
+        return [worth(above[branch.id]) if branch.id in above else 0.0 for branch in branches]
+
     def _submit(self, rows: Sequence[tuple[Branch, SamplingParams]]) -> Job | None:
         """Start the job, unless the search was cancelled before."""
         with self._lock:
             if self._cancelled or not rows:
                 return None
-            self._job = self._engine.submit([b for b, _ in rows], [p for _, p in rows])
+            branches, params = [b for b, _ in rows], [p for _, p in rows]
+            self._job = self._engine.submit(branches, params, values=self._worths(branches))
             return self._job
 
 
