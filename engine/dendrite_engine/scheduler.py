@@ -72,8 +72,9 @@ class Scheduler:
     """Continuous batching: decoding branches get one row each, prompts join in chunks.
 
     Order: priority (higher first), then least recently served, then value (higher first), then
-    arrival; so no lane starves among equals, and a search's values decide who of them waits. While anything decodes, prompts get at most `prefill_chunk` rows of a step, which
-    bounds how long a step can make the others wait.
+    arrival; so no lane starves among equals, and a search's values decide who of them waits. While
+    anything decodes, prompts get at most `prefill_chunk` rows of a step, which bounds how long a
+    step can make the others wait.
     """
 
     def __init__(self, max_batch_tokens: int, prefill_chunk: int) -> None:

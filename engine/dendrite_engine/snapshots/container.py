@@ -135,8 +135,17 @@ def read_snapshot(path: str | os.PathLike[str], kind: str) -> Snapshot:
     return Snapshot(body, arrays)
 
 
-def _check_header(data: bytes, kind: str) -> None:
-    """Length, format, kind and version, in the order in which they can be trusted."""
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """What a file is a snapshot of, by its header alone.
+
+    Raises:
+        SnapshotRejected: it is no snapshot that this version reads.
+    """
+    return _check_header(Path(path).read_bytes(), None)
+
+
+def _check_header(data: bytes, kind: str | None) -> str:
+    """Length, format, version and kind, in the order in which they can be trusted."""
     size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
     if not 2 <= size <= len(data) - 8:
         raise SnapshotRejected("length", f"{len(data)} bytes hold no header of {size} bytes")
@@ -157,8 +166,10 @@ def _check_header(data: bytes, kind: str) -> None:
             f"version {metadata.get('schema')}; this dendrite_engine reads version {SCHEMA}. Use "
             "the one that wrote the file, or a newer one",
         )
-    if metadata.get("kind") != kind:
-        raise SnapshotRejected("kind", f"{metadata.get('kind')!r} where {kind!r} is wanted")
+    found = str(metadata.get("kind"))
+    if kind is not None and found != kind:
+        raise SnapshotRejected("kind", f"{found!r} where {kind!r} is wanted")
+    return found
 
 
 def _check_sum(data: bytes) -> None:
