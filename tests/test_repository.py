@@ -33,7 +33,7 @@ LAYERS = (
     ("loop",),
     ("build", "requests", "snapshots"),
     ("engine",),
-    ("search",),
+    ("search", "agents"),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # An engine offers `engine.search(...)`; the import happens inside that call.
