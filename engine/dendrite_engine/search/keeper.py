@@ -76,7 +76,7 @@ class BranchKeeper:
         branch, end = node.branch, node.span[1]
         if branch is None:
             raise StaleBranch(f"branch {node.branch_id} was pruned while its node was searched")
-        held, before = branch.num_tokens, draws_of(branch)
+        held, before = branch.num_tokens, None if counted else draws_of(branch)
         if held < end:
             raise StaleBranch(
                 f"branch {branch.id} was rolled back to {held} tokens; its node ends at {end}"
@@ -86,7 +86,7 @@ class BranchKeeper:
             # the engine's own key counts the forks of a branch, so a second search from the same
             # root would draw other tokens than the first
             fork._key = key
-        if not counted:
+        if before is not None:
             set_draws(branch, before)
         return self.keep(fork)
 
