@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dendrite_engine.errors import DendriteError
-from dendrite_lab import formats_cli
+from dendrite_lab import formats_cli, trees_cli
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 EXIT_MISMATCH = 1
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_golden(commands)
     _add_bench(commands)
     formats_cli.add_commands(commands)
+    trees_cli.add_commands(commands)
     _add_small(commands)
     return parser
 

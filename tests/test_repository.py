@@ -31,9 +31,9 @@ LAYERS = (
     ("ahead",),
     ("decoding", "forward"),
     ("loop",),
-    ("build", "requests"),
+    ("build", "requests", "snapshots"),
     ("engine",),
-    ("search",),
+    ("search", "agents"),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # An engine offers `engine.search(...)`; the import happens inside that call.

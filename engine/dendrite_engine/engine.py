@@ -30,6 +30,7 @@ from dendrite_engine.requests import (
     wait_for,
 )
 from dendrite_engine.sampling_params import SamplingParams
+from dendrite_engine.snapshots.host import SavesBranches
 from dendrite_engine.trace import Trace
 from dendrite_engine.tree.branch import Branch
 from dendrite_engine.types import Completion, EngineStats, TokenAlternative, TokenEvent
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
-class Engine:
+class Engine(SavesBranches):
     """A language model whose unit of work is a tree of branches.
 
     Make one with `Engine.from_pretrained`. All methods may be called from any thread; the model
@@ -160,6 +161,7 @@ class Engine:
         *,
         on_event: EventCallback | None = None,
         priority: int = 0,
+        values: Sequence[float] | None = None,
     ) -> Job:
         """Start generating on `branches`, all in one batch per step, and return at once.
 
@@ -168,6 +170,7 @@ class Engine:
             params: one SamplingParams for all, or one per branch.
             on_event: called with every TokenEvent on the engine thread; it must only enqueue.
             priority: higher runs first when not everything fits one step.
+            values: one number per branch; among equally patient branches, higher runs first.
 
         Raises:
             StaleBranch: a branch was pruned or belongs to another engine.
@@ -184,7 +187,9 @@ class Engine:
                     num_tokens=branch.num_tokens,
                     max_context=self.max_context,
                 )
-        return self._start(Job(targets, rows, on_event=on_event, priority=priority))
+        if values is not None and len(values) != len(targets):
+            raise InvalidArgument(f"{len(targets)} branches but {len(values)} values")
+        return self._start(Job(targets, rows, on_event=on_event, priority=priority, values=values))
 
     def generate(
         self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0
@@ -276,6 +281,12 @@ class Engine:
         return start_search(
             self, root, algorithm, budget, evaluator=evaluator, params=params, **options
         )
+
+    def resume_search(self, path: str | Path, **options: Any) -> SearchHandle:
+        """Go on with a search that `SearchHandle.save` wrote; see `search.resume_search`."""
+        from dendrite_engine.search import resume_search
+
+        return resume_search(self, path, **options)
 
     # -- state --------------------------------------------------------------------------------
 

@@ -109,3 +109,16 @@ class EngineClosed(DendriteError):
 
 class SearchError(DendriteError):
     """A search was configured or driven in a way it can't serve."""
+
+
+class SnapshotRejected(DendriteError):
+    """A snapshot file can't be used; nothing was changed and no page was touched.
+
+    Attributes:
+        field: what is wrong with it: `format`, `kind`, `schema`, `length`, `checksum`, `model`, or
+            the path of a value inside it.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"snapshot rejected, {field}: {message}")
+        self.field = field

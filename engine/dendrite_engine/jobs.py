@@ -23,6 +23,7 @@ class Job:
         branches: the branches, in the order given.
         params: one SamplingParams per branch; None when only K/V and logits are wanted.
         priority: higher runs first when not everything fits one step.
+        values: one number per branch; of branches served equally long ago, higher runs first.
         top_k: how many next-token alternatives to report once logits are there.
         alternatives: those alternatives, one list per branch.
     """
@@ -34,11 +35,13 @@ class Job:
         *,
         on_event: EventCallback | None = None,
         priority: int = 0,
+        values: Sequence[float] | None = None,
         top_k: int = 0,
     ) -> None:
         self.branches = tuple(branches)
         self.params = params
         self.priority = priority
+        self.values = values
         self.top_k = top_k
         self.alternatives: list[list[TokenAlternative]] = [[] for _ in self.branches]
         self.error: BaseException | None = None

@@ -31,6 +31,12 @@ class Lane:
     arrival: int
     last_served: int = -1
 
+    @property
+    def value(self) -> float:
+        """What the job says that the branch is worth; 0 where it says nothing."""
+        values = self.job.values
+        return 0.0 if values is None else values[self.index]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiting:
@@ -65,9 +71,10 @@ class Selection:
 class Scheduler:
     """Continuous batching: decoding branches get one row each, prompts join in chunks.
 
-    Order: priority (higher first), then least recently served, then arrival; so no lane starves
-    among equals. While anything decodes, prompts get at most `prefill_chunk` rows of a step, which
-    bounds how long a step can make the others wait.
+    Order: priority (higher first), then least recently served, then value (higher first), then
+    arrival; so no lane starves among equals, and a search's values decide who of them waits. While
+    anything decodes, prompts get at most `prefill_chunk` rows of a step, which bounds how long a
+    step can make the others wait.
     """
 
     def __init__(self, max_batch_tokens: int, prefill_chunk: int) -> None:
@@ -113,7 +120,7 @@ class Scheduler:
     def _choose(self, waiting: Waiting, counts: list[int]) -> Selection:
         self._write_served()
         lanes = waiting.lanes
-        keys = [(-lane.job.priority, lane.last_served, lane.arrival) for lane in lanes]
+        keys = [(-lane.job.priority, lane.last_served, -lane.value, lane.arrival) for lane in lanes]
         order = sorted(range(len(keys)), key=keys.__getitem__)
         places, quotas = self._share(order, counts)
         for place in places:

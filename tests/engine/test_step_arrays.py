@@ -25,7 +25,8 @@ class PlainScheduler:
     def next_batch(self, lanes: list[Lane], pending: dict[int, int]) -> dict[int, int]:
         self.step += 1
         order = sorted(
-            lanes, key=lambda x: (-x.job.priority, self.served.get(x.handle, -1), x.arrival)
+            lanes,
+            key=lambda x: (-x.job.priority, self.served.get(x.handle, -1), -x.value, x.arrival),
         )
         left = self.max_batch_tokens
         decoding = any(pending[lane.handle] <= 1 for lane in lanes)
@@ -56,8 +57,9 @@ def waiting(lanes: list[Lane]) -> Waiting:
     return Waiting(tuple(lanes), np.array([lane.handle for lane in lanes], np.int64))
 
 
-def make_lane(arrival: int, priority: int = 0) -> Lane:
-    return Lane(SimpleNamespace(priority=priority), 0, None, 1000 + arrival, arrival)
+def make_lane(arrival: int, priority: int = 0, value: float | None = None) -> Lane:
+    job = SimpleNamespace(priority=priority, values=None if value is None else [value])
+    return Lane(job, 0, None, 1000 + arrival, arrival)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -65,13 +67,17 @@ def test_the_scheduler_chooses_as_its_rules_say_whatever_path_it_takes(seed):
     rng = random.Random(seed)
     limits = rng.choice([(4, 2), (8, 3), (64, 16), (64, 64)])
     scheduler, plain, core = Scheduler(*limits), PlainScheduler(*limits), PendingOnly()
-    lanes = [make_lane(i, rng.choice([0, 0, 3])) for i in range(rng.randint(1, 6))]
+
+    def lane_of(arrival: int) -> Lane:
+        return make_lane(arrival, rng.choice([0, 0, 3]), rng.choice([None, 0.5, -1.0]))
+
+    lanes = [lane_of(i) for i in range(rng.randint(1, 6))]
     shown = waiting(lanes)
     arrival = len(lanes)
     for _ in range(40):
         if rng.random() < 0.3:
             lanes = [lane for lane in lanes if rng.random() < 0.8] or lanes[:1]
-            lanes.append(make_lane(arrival := arrival + 1, rng.choice([0, 0, 3])))
+            lanes.append(lane_of(arrival := arrival + 1))
             shown = waiting(lanes)
         long = rng.random() < 0.4
         for lane in lanes:
@@ -83,6 +89,14 @@ def test_the_scheduler_chooses_as_its_rules_say_whatever_path_it_takes(seed):
         chosen = range(len(lanes)) if selection.chosen is None else selection.chosen.tolist()
         assert [lanes[place].handle for place in chosen] == selection.handles.tolist()
         assert (selection.handles.dtype, selection.quotas.dtype) == (np.int64, np.int32)
+
+
+def test_of_branches_that_waited_equally_long_those_of_more_value_run_first_and_none_starves():
+    lanes = [make_lane(i, value=value) for i, value in enumerate([0.1, 0.9, 0.5, 0.7])]
+    core, scheduler, shown = PendingOnly(), Scheduler(2, 2), waiting(lanes)
+    core.counts = {lane.handle: 1 for lane in lanes}
+    served = [scheduler.next_batch(shown, core).chosen.tolist() for _ in range(4)]
+    assert served == [[1, 3], [2, 0], [1, 3], [2, 0]]
 
 
 def test_stale_lanes_are_named_before_anything_is_chosen():
@@ -167,7 +181,7 @@ def test_a_row_says_what_its_state_says():
 def decoding_lanes(order: list[int]) -> list[DecodingLane]:
     return [
         DecodingLane(
-            SimpleNamespace(priority=0), 0, SimpleNamespace(id=10 + i), 100 + i, i,
+            SimpleNamespace(priority=0, values=None), 0, SimpleNamespace(id=10 + i), 100 + i, i,
             sampler=state, decoder=None,
         )
         for i, state in zip(order, states(order), strict=True)

@@ -13,8 +13,8 @@ from dendrite_engine.errors import DendriteError, InvalidArgument
 from dendrite_lab import cli, doctor, launch
 
 COMMANDS = (
-    "lab", "generate", "golden", "bench", "quality", "calibrate", "capacity", "doctor", "fetch",
-    "version",
+    "lab", "generate", "golden", "bench", "quality", "calibrate", "capacity", "tree", "doctor",
+    "fetch", "version",
 )  # fmt: skip
 
 

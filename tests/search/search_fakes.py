@@ -11,6 +11,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 from dendrite_engine.errors import EngineClosed, InvalidArgument, OutOfPages, StaleBranch
@@ -43,9 +44,12 @@ class FakeBranch:
         self.id = next(engine.ids)
         self.depth = 0 if parent is None else parent.depth + 1
         self.fork_position = 0 if parent is None else len(tokens)
-        self.forks = itertools.count()
+        self._num_forks = 0
         # an int where a search has set it
-        self._key: object = () if parent is None else (parent._key, next(parent.forks))
+        self._key: object = () if parent is None else (parent._key, parent._num_forks)
+        self.label = ""
+        if parent is not None:
+            parent._num_forks += 1
         self._tokens = tokens
         self._logprobs: list[float | None] = [None] * len(tokens)
         self._pages: list[int] = []
@@ -72,6 +76,10 @@ class FakeBranch:
     @property
     def text(self) -> str:
         return self.engine.tokenizer.decode(self.token_ids)
+
+    @property
+    def path_key(self) -> object:
+        return self._key
 
     def check(self) -> None:
         if not self.is_alive:
@@ -194,7 +202,11 @@ class FakeEngine:
         max_context: int = 4096,
         logits: Callable[[list[int]], list[float]] | None = None,
     ) -> None:
-        self.config = SimpleNamespace(page_size=page_size, seed=seed)
+        self.config = SimpleNamespace(
+            page_size=page_size, seed=seed, device="cpu", dtype="float32", kv_format="fp32"
+        )
+        self.fingerprint = f"chain of {vocab}, {seed}"
+        self.model_path = Path("chain")
         self.model_config = SimpleNamespace(vocab_size=vocab, eos_token_ids=(EOS,))
         self.max_context = max_context
         self.tokenizer = FakeTokenizer()
@@ -212,7 +224,7 @@ class FakeEngine:
 
     # -- the engine's API -----------------------------------------------------------------------
 
-    def prompt(self, tokens: Sequence[int]) -> FakeBranch:
+    def prompt(self, tokens: Sequence[int], *, namespace: str = "") -> FakeBranch:
         branch = FakeBranch(self, None, [])
         self.live[branch.id] = branch
         return branch.extend(tokens)
@@ -221,7 +233,7 @@ class FakeEngine:
     def branches(self) -> list[FakeBranch]:
         return [self.live[i] for i in sorted(self.live)]
 
-    def submit(self, branches, params, *, on_event=None, priority: int = 0) -> FakeJob:
+    def submit(self, branches, params, *, on_event=None, priority: int = 0, values=None) -> FakeJob:
         if self.closed:
             raise EngineClosed("the engine was closed")
         for branch in branches:

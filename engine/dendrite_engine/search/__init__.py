@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dendrite_engine.search.handle import SearchHandle
     from dendrite_engine.search.mcts import MCTS
     from dendrite_engine.search.result import SearchResult
+    from dendrite_engine.search.resume import resume_search
     from dendrite_engine.search.session import SearchEvent
     from dendrite_engine.search.start import start_search
     from dendrite_engine.search.stats import SearchStats
@@ -59,6 +60,7 @@ _PUBLIC = {
     "combine": "evaluators",
     "keyword_coverage": "evaluators",
     "mean_logprob": "evaluators",
+    "resume_search": "resume",
     "start_search": "start",
     "sum_logprob": "evaluators",
     "verifier": "evaluators",
@@ -85,6 +87,7 @@ __all__ = [
     "combine",
     "keyword_coverage",
     "mean_logprob",
+    "resume_search",
     "start_search",
     "sum_logprob",
     "verifier",

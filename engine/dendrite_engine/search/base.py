@@ -106,6 +106,10 @@ class Outcome:
 class State:
     """Everything about a search that changes.
 
+    A checkpoint stores every field of an algorithm's state by its value (see `codec`), but for the
+    tree, which has a form of its own, and fields with `metadata={"checkpoint": False}`, which are
+    as `init` makes them.
+
     Attributes:
         tree: its nodes.
         pending: trials asked and not told, by id.
@@ -146,6 +150,7 @@ class Search(ABC, Generic[S]):
     live_options: ClassVar[frozenset[str]] = frozenset()  # may be changed while the search runs
     default_budget: ClassVar[Budget] = Budget()
     needs_values: ClassVar[bool] = True  # False: no evaluator is ever called
+    saved_types: ClassVar[tuple[type, ...]] = ()  # further data classes that its state may hold
 
     seed: int | None = None
     keep_tree: bool = False
@@ -194,6 +199,17 @@ class Search(ABC, Generic[S]):
     def lose(self, state: S, node: Node, reason: str) -> None:  # noqa: ARG002
         """Take a node out because the engine could not make its branch; `reason` is of `LOST`."""
         self.drop(state, node)
+
+    def worth(self, state: S, node: Node) -> float:  # noqa: ARG002
+        """How much the node's K/V is worth: what is worth least is released when pages run short.
+
+        It is made again when the search returns to it, so this decides about time, never about the
+        result. Worth more also runs first where a step can't hold a whole batch.
+        """
+        return node.value if node.visits else node.score or 0.0
+
+    def restored(self, state: S) -> None:
+        """Called once after a state was read from a checkpoint: rebuild what is not stored."""
 
     def with_options(self, **changes: Any) -> Search[S]:
         """A copy with some options changed, checked as at construction.

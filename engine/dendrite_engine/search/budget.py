@@ -156,6 +156,11 @@ class Meter:
         """What was spent so far."""
         return Usage(self.tokens, self.nodes, self.seconds, self.pages, self.iterations)
 
+    def restore(self, usage: Usage) -> None:
+        """Go on from what was spent before; pages are measured afresh."""
+        for name, value in asdict(usage).items():
+            setattr(self, "_seconds" if name == "seconds" else name, value)
+
     def columns(self) -> dict[str, float | int]:
         """What was spent so far, as JSON-serialisable data for the trace."""
         return asdict(self.usage())

@@ -7,7 +7,7 @@ leaf shares each forward; the evaluator is then called once for the whole batch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from dendrite_engine.errors import (
 from dendrite_engine.search.base import ENDED, Outcome, Trial
 from dendrite_engine.search.evaluators import Evaluator, EvaluatorGuard, bind
 from dendrite_engine.search.keeper import BRANCH_ERRORS, BranchKeeper
+from dendrite_engine.search.pressure import run_in_parts
+from dendrite_engine.search.shortage import Shortage
 from dendrite_engine.search.tree import Node
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Work:
     trial: Trial
     outcome: Outcome
     rollout: Branch | None = None
+    key: Any = None  # of the child's draws, once it was forked before and fell short of pages
+    short_rollout: bool = False
 
     @property
     def branch(self) -> Branch:
@@ -59,6 +63,17 @@ class Work:
     def unfinished(self) -> bool:
         """Nothing has ended this trial yet."""
         return self.outcome.finish_reason is None
+
+    @property
+    def short(self) -> bool:
+        """It ended for want of pages."""
+        return self.short_rollout or self.outcome.finish_reason == "out_of_pages"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it may append, at most."""
+        wanted = (self.trial.params, self.trial.rollout)
+        return sum(params.max_tokens for params in wanted if params is not None)
 
     def fail(self, error: Exception) -> None:
         """End this trial alone."""
@@ -90,6 +105,8 @@ class Runner:
     def __init__(self, engine: Engine, root: Branch, evaluator: Evaluator | None = None) -> None:
         self.keeper = BranchKeeper(engine)
         self.settle = self.keeper.settle
+        self._pages = Shortage(engine, self.keeper)
+        self._part: Sequence[Work] = ()  # what runs now
         self._engine = engine
         self._eos = frozenset(engine.model_config.eos_token_ids)
         self._guard = None if evaluator is None else EvaluatorGuard(bind(evaluator, root))
@@ -102,7 +119,8 @@ class Runner:
         """Carry out a batch of trials; outcomes come in the order of the trials.
 
         A trial that fails alone (no pages, its branch pruned meanwhile, NaN logits, its evaluation
-        raised) says so in its outcome. Two jobs at most: the children, then their rollouts.
+        raised) says so in its outcome. Two jobs at most: the children, then their rollouts. Where
+        pages run short, other branches are released and what fell short runs again, see `pressure`.
 
         Raises:
             DendriteError: the engine can't go on.
@@ -112,20 +130,32 @@ class Runner:
         before = set(self.keeper.live)
         works = [Work(trial, Outcome(trial.id)) for trial in trials]
         try:
-            self._look(works)
-            expanding = [w for w in works if w.trial.action == "expand" and w.unfinished]
-            self._fork(expanding)
-            self._begin(expanding)
-            self._decode([w for w in expanding if w.unfinished])
-            self._roll_out(expanding)
-            self._evaluate([w for w in works if w.trial.action != "look"])
+            run_in_parts(
+                works,
+                admit=self._pages.admit,
+                run=self._run_part,
+                reset=self._pages.reset,
+                give_up=self._pages.give_up,
+                relieve=self._pages.relieve,
+            )
         except BaseException:
             self.keeper.prune_all(keep=before)
             raise
+        return [work.outcome for work in works]
+
+    def _run_part(self, works: Sequence[Work]) -> None:
+        self._part = works
+        self._look(works)
+        expanding = [w for w in works if w.trial.action == "expand" and w.unfinished]
+        self._fork(expanding)
+        self._begin(expanding)
+        self._decode([w for w in expanding if w.unfinished])
+        self._roll_out(expanding)
+        self._evaluate([w for w in works if w.trial.action != "look"])
         for work in works:
             if work.rollout is not None:
                 self.keeper.prune(work.rollout)
-        return [work.outcome for work in works]
+                work.rollout = None
 
     def cancel(self) -> None:
         """End the running job after its present forward, and all later ones at once. Any thread."""
@@ -133,6 +163,17 @@ class Runner:
             self._cancelled = True
             if self._job is not None:
                 self._job.cancel()
+
+    # -- evaluator ------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint has to know of the evaluator."""
+        return {} if self._guard is None else self._guard.memory()
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take what `memory` gave before a checkpoint."""
+        if self._guard is not None:
+            self._guard.recall(memory)
 
     # -- steps of a batch -----------------------------------------------------------------------
 
@@ -172,7 +213,10 @@ class Runner:
     def _fork(self, works: Sequence[Work]) -> None:
         for work in works:
             try:
-                work.outcome.branch = self.keeper.fork_end(work.trial.node, work.trial.key)
+                again = work.key is not None
+                key = work.key if again else work.trial.key
+                fork = self.keeper.fork_end(work.trial.node, key, counted=not again)
+                work.outcome.branch = fork
             except BRANCH_ERRORS as error:  # noqa: PERF203 one failure is one trial's
                 work.fail(error)
 
@@ -232,6 +276,7 @@ class Runner:
             if completion.finish_reason == "cancelled":
                 work.outcome.finish_reason = "cancelled"
             elif completion.error is not None:  # what was decoded before it is valued all the same
+                work.short_rollout = completion.finish_reason == "out_of_pages"
                 work.outcome.error = f"rollout: {completion.error}"
 
     def _evaluate(self, works: Sequence[Work]) -> None:
@@ -296,12 +341,20 @@ class Runner:
             done[branch.id] = _ended(branch, "stale", error)
         return True
 
+    def _worths(self, branches: Sequence[Branch]) -> list[float]:
+        """What the nodes above these branches are worth: who runs first where not all can."""
+        worth = self.keeper.worth
+        above = {w.branch.id: w.trial.node for w in self._part if w.outcome.branch is not None}
+        above |= {w.rollout.id: w.trial.node for w in self._part if w.rollout is not None}
+        return [worth(above[branch.id]) if branch.id in above else 0.0 for branch in branches]
+
     def _submit(self, rows: Sequence[tuple[Branch, SamplingParams]]) -> Job | None:
         """Start the job, unless the search was cancelled before."""
         with self._lock:
             if self._cancelled or not rows:
                 return None
-            self._job = self._engine.submit([b for b, _ in rows], [p for _, p in rows])
+            branches, params = [b for b, _ in rows], [p for _, p in rows]
+            self._job = self._engine.submit(branches, params, values=self._worths(branches))
             return self._job
 
 

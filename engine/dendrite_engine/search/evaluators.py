@@ -9,9 +9,9 @@ search starts from; the evaluators here use it to look only at what the search w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dendrite_engine.errors import InvalidArgument, SearchError
 from dendrite_engine.search.checks import flag, number, one_of, strings
@@ -221,6 +221,23 @@ class EvaluatorGuard:
         self._evaluate = evaluator
         self._worst: float | None = None
         self._failed_in_row = 0
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint has to know; an evaluator with a method `checkpoint` adds its own."""
+        saved = getattr(self._evaluate, "checkpoint", None)
+        return {
+            "worst": self._worst,
+            "failed_in_row": self._failed_in_row,
+            "evaluator": None if saved is None else saved(),
+        }
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take what `memory` gave; an evaluator with a method `restore` gets its own back."""
+        self._worst = memory.get("worst")
+        self._failed_in_row = memory.get("failed_in_row", 0)
+        restore = getattr(self._evaluate, "restore", None)
+        if restore is not None and memory.get("evaluator") is not None:
+            restore(memory["evaluator"])
 
     def __call__(self, branches: Sequence[Branch]) -> list[Valued]:
         """Value a batch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from dendrite_engine.search.base import Search
 from dendrite_engine.search.budget import Budget, Usage
 from dendrite_engine.search.checks import flag, number, whole
 from dendrite_engine.search.result import SearchResult
+from dendrite_engine.search.saves import SaveQueue, refuse
 from dendrite_engine.search.session import EventCallback, SearchSession
 from dendrite_engine.search.stats import SearchStats
 from dendrite_engine.search.tree import Tree
@@ -46,6 +48,7 @@ class SearchHandle:
         self._changes: list[Callable[[], None]] = []
         self._options = session.algorithm  # with changes that are still to be applied
         self._applying = False  # changes are being carried out
+        self._saves = SaveQueue()
         self._final: HandleState | None = None
         self._outcome: SearchResult | BaseException | None = None
         self._future: concurrent.futures.Future[SearchResult] = concurrent.futures.Future()
@@ -157,6 +160,26 @@ class SearchHandle:
             self._cond.notify_all()
         self._session.runner.cancel()
 
+    def save(self, path: str | os.PathLike[str]) -> dict[str, int]:
+        """Write the search to one file, from which `Engine.resume_search` goes on.
+
+        While the search runs it is written between two batches. One that has ended can be saved as
+        well, to go on with a larger budget. A crash while saving leaves the old file whole.
+
+        Returns:
+            `bytes` written, `nodes`, and `branches` that a resumed search will make again.
+
+        Raises:
+            SearchError: the state holds something that can't be stored, the search failed, or this
+                is its own thread, which would wait for itself.
+        """
+        if threading.current_thread() is self._thread:
+            raise SearchError("save: a search can't wait for itself; call it from another thread")
+        done = self._saves.add(path)
+        with self._cond:
+            self._cond.notify_all()
+        return done.result()
+
     # -- steering -------------------------------------------------------------------------------
 
     def set(self, **changes: Any) -> bool:
@@ -241,7 +264,8 @@ class SearchHandle:
     def best(self) -> Branch | None:
         """Branch of the best node so far, where it is alive."""
         with self._session.lock:
-            return self._session.algorithm.best(self._session.state).branch
+            branch = self._session.algorithm.best(self._session.state).branch
+        return branch if branch is not None and branch.is_alive else None
 
     @property
     def tree(self) -> Tree:
@@ -286,6 +310,7 @@ class SearchHandle:
             start = {"state": "running", "algorithm": session.algorithm.name}
             session.emit("search", session.root.id, start)
             reason = self._loop()
+            self._saves.serve(session.save)  # the branches still live
             result = session.conclude(reason)
             final: HandleState = "stopped" if reason == "stopped" else "done"
             self._end(final, result, {"reason": reason, "best": result.node.branch_id})
@@ -313,7 +338,9 @@ class SearchHandle:
                 with self._cond:
                     self._applying = False
                     self._cond.notify_all()
-            if verdict in ("paused", "running"):
+            if verdict == "save":
+                self._saves.serve(self._session.save)
+            elif verdict in ("paused", "running"):
                 self._session.emit("search", self._session.root.id, {"state": verdict})
             elif not changes:
                 return verdict == "go"
@@ -325,6 +352,8 @@ class SearchHandle:
                 if self._changes:
                     changes, self._changes, self._applying = self._changes, [], True
                     return changes, "change"
+                if self._saves:
+                    return [], "save"
                 if self._stopping:
                     return [], "stop"
                 if not self._paused or self._permits:
@@ -347,6 +376,7 @@ class SearchHandle:
         """Publish the outcome: first the state, then the event, then to those who wait."""
         with self._cond:
             self._final, self._outcome = final, outcome
+        self._saves.close(refuse if final == "failed" else self._session.save)
         self._session.emit("search", self._session.root.id, {"state": final, **data})
         with self._cond:
             self._cond.notify_all()

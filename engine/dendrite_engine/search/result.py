@@ -29,6 +29,8 @@ class SearchResult:
             that was reached: `tokens`, `nodes`, `seconds`, `pages`, `iterations`.
         token_ids: tokens of `text`, special ones included.
         node: the best node; `node.path()` leads to it.
+        released: branches released for a time because pages ran short.
+        remade: branches made again because the search returned to them.
     """
 
     best: Branch | None
@@ -42,6 +44,8 @@ class SearchResult:
     token_ids: tuple[int, ...] = field(repr=False)
     node: Node = field(repr=False)
     _prune: Callable[[], int] = field(repr=False)
+    released: int = 0
+    remade: int = 0
 
     def prune(self) -> int:
         """Prune every branch that the search left alive (the path to the best, pinned ones).

@@ -6,6 +6,7 @@ thread may read through the methods that take the lock, which is never held whil
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dendrite_engine.engine import Engine
     from dendrite_engine.trace import Kind
     from dendrite_engine.tree.branch import Branch
+    from dendrite_engine.tree.draws import Draws
 
 
 class SearchEvent(NamedTuple):
@@ -53,6 +55,7 @@ class SearchSession:
         budget: limits.
         evaluator: values branches, where the algorithm wants values.
         clock: seconds from any origin.
+        resumed: it goes on from a checkpoint, so its budget may be spent already.
 
     Raises:
         InvalidArgument: the budget can't pay for the first batch.
@@ -61,6 +64,9 @@ class SearchSession:
         algorithm: the options in force.
         state: tree and statistics.
         lock: held while they change.
+        keeper: makes and prunes the branches.
+        evaluator: as it was given.
+        at_end: draws of the nodes that had a branch before `conclude` pruned most; `None` before.
     """
 
     def __init__(
@@ -72,14 +78,22 @@ class SearchSession:
         budget: Budget,
         evaluator: Evaluator | None = None,
         clock: Clock = time.monotonic,
+        resumed: bool = False,
     ) -> None:
         self.algorithm = algorithm
         self.state = algorithm.init(root)
         self.lock = threading.RLock()
         self.root = root
+        self.evaluator = evaluator
         self.runner = Runner(engine, root, evaluator)
+        self.keeper = self.runner.keeper
+        self.at_end: dict[int, Draws] | None = None
+        self.keeper.lock = self.lock
+        self.keeper.adopt(self.state.tree)
+        self.keeper.worth = lambda node: self.algorithm.worth(self.state, node)
         self.meter = Meter(budget, clock=clock, page_size=engine.config.page_size)
-        self.meter.check_start(algorithm.plan(self.state))
+        if not resumed:
+            self.meter.check_start(algorithm.plan(self.state))
         self._engine = engine
         self._table = StatsTable()
         self._callbacks: list[EventCallback] = []
@@ -159,8 +173,9 @@ class SearchSession:
 
     def conclude(self, reason: str) -> SearchResult:
         """End the search: keep the path to the best node, prune the rest."""
-        keeper, tree = self.runner.keeper, self.state.tree
+        keeper, tree = self.keeper, self.state.tree
         with self.lock:
+            self.at_end = keeper.draws(tree)
             best = self.algorithm.best(self.state)
             keep = {node.branch_id for node in best.path()}
             keep |= {
@@ -169,8 +184,12 @@ class SearchSession:
                 if node.pinned or (self.algorithm.keep_tree and node.branch is not None)
             }
         keeper.prune_all(keep)
-        keeper.regrow(tree, best)
+        # where the pool can't hold the best path, the longest part of it that fits
+        best = next((n for n in reversed(best.path()) if keeper.regrow(tree, n)), best)
+        for node in tree.nodes if self.algorithm.keep_tree else ():
+            keeper.revive(node)
         self._forget_pruned()
+        self._flush()
         return self._result(best, reason)
 
     def _result(self, best: Node, reason: str) -> SearchResult:
@@ -189,7 +208,23 @@ class SearchSession:
             token_ids=tuple(tokens),
             node=best,
             _prune=self.abandon,
+            released=self.keeper.released,
+            remade=self.keeper.remade,
         )
+
+    def save(self, path: str | os.PathLike[str]) -> dict[str, int]:
+        """Write everything to a file; see `SearchHandle.save`. Only between two batches."""
+        from dendrite_engine.search.checkpoint import save_search
+
+        with self.lock:
+            written = save_search(self, path)
+        self.emit("search", self.root.id, {"state": "saved", **written})
+        return written
+
+    def note_resumed(self, branches: int) -> None:
+        """Say in the trace that the search goes on, and with how many branches made again."""
+        data = {"state": "resumed", "nodes": len(self.state.tree), "branches": branches}
+        self.state.note("search", self.state.tree.root, data)
 
     def abandon(self) -> int:
         """Prune every branch that the search made.
@@ -238,6 +273,9 @@ class SearchSession:
             notes, self.state.notes = self.state.notes, []
         for kind, branch_id, data in notes:
             self.emit(kind, branch_id, data)
+        pressure, self.keeper.notes = self.keeper.notes, []
+        for branch_id, data in pressure:
+            self.emit("search", branch_id, data)
 
     # -- any thread -----------------------------------------------------------------------------
 
@@ -246,7 +284,8 @@ class SearchSession:
         with self.lock:
             algorithm, state = self.algorithm, self.state
             self._table.refresh(state.tree, lambda node: algorithm.rank(state, node))
-            return self._table.since(version)
+            keeper = self.keeper
+            return self._table.since(version, released=keeper.released, remade=keeper.remade)
 
     def usage(self) -> Usage:
         """What was spent so far."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,8 @@ class SearchStats:
         prior: probability that the model gave to the node's tokens.
         uct: the number by which the search picks among siblings (beam search: the beam's score).
         status: index into `tree.STATUSES`: open, expanded, terminal, pruned.
+        released: branches released so far because pages ran short; one number.
+        remade: branches made again so far; one number.
     """
 
     version: int
@@ -51,6 +54,8 @@ class SearchStats:
     prior: NDArray[np.float64]
     uct: NDArray[np.float64]
     status: NDArray[np.uint8]
+    released: int = 0
+    remade: int = 0
 
     def __len__(self) -> int:
         return len(self.branch_id)
@@ -59,8 +64,9 @@ class SearchStats:
         return self.columns()[column]
 
     def columns(self) -> dict[str, NDArray[np.generic]]:
-        """The columns by name, `version` left out."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "version"}
+        """The columns by name, single numbers left out."""
+        single = ("version", "released", "remade")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in single}
 
 
 class StatsTable:
@@ -100,9 +106,10 @@ class StatsTable:
                 _CODES[node.status],
             )
 
-    def since(self, version: int) -> SearchStats:
+    def since(self, version: int, *, released: int = 0, remade: int = 0) -> SearchStats:
         """Rows that changed after `version`; all of them for -1."""
         rows = self._rows[: self._count]
         rows = rows[(rows["version"] > version) & (rows["branch_id"] > 0)]
         names = [name for name in _ROW.names or () if name != "version"]
-        return SearchStats(self._version, **{name: rows[name].copy() for name in names})
+        columns: dict[str, Any] = {name: rows[name].copy() for name in names}
+        return SearchStats(self._version, **columns, released=released, remade=remade)
