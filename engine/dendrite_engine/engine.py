@@ -263,7 +263,7 @@ class Engine:
         algorithm: Any,
         budget: Budget | None = None,
         *,
-        evaluator: Callable[[Sequence[Branch]], Sequence[float]] | None = None,
+        evaluator: Callable[[Sequence[Branch]], Any] | None = None,
         params: SamplingParams | None = None,
         **options: Any,
     ) -> SearchHandle:
