@@ -110,6 +110,7 @@ class SampledSearch(Search[S]):
             branch=outcome.branch,
             ordinal=trial.ordinal,
         )
+        child.bonus = trial.node.bonus  # what a person thinks of a node holds for all below it
         child.prior = math.exp(math.fsum(outcome.logprobs))
         child.score = outcome.value
         child.visits, child.value_sum = 1, outcome.value or 0.0

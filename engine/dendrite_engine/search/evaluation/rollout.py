@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dendrite_engine.errors import BudgetExceeded, OutOfPages, StaleBranch
+from dendrite_engine.errors import BudgetExceeded, InvalidArgument, OutOfPages, StaleBranch
 from dendrite_engine.sampling_params import SamplingParams
 from dendrite_engine.search.checks import whole
 from dendrite_engine.search.evaluation.base import (
@@ -103,10 +103,16 @@ def rollout(
         sampling: how they are sampled, but for their length and seed; `None` for temperature 1.
         seed: of their draws.
     """
+    if not callable(evaluator):
+        raise InvalidArgument(f"evaluator must be callable, got {evaluator!r}")
     for name, value in (("tokens", tokens), ("count", count)):
         whole(name, value, 1)
     whole("seed", seed, 0)
     chosen = SamplingParams(temperature=1.0) if sampling is None else sampling
+    if count > 1 and chosen.temperature == 0:
+        raise InvalidArgument(
+            f"sampling.temperature=0 would make all count={count} continuations the same"
+        )
     return Rollout(evaluator, count, chosen.replace(max_tokens=tokens), seed)
 
 
