@@ -30,7 +30,7 @@ class BestOfN(SampleSearch[BestOfNState]):
 
         best = argmax over i of value(text_i),   text_i ~ model
 
-    (Stiennon et al., "Learning to summarize from human feedback", 2020, section 4.3; Cobbe et al.,
+    (Stiennon et al., "Learning to summarize from human feedback", 2020; Cobbe et al.,
     "Training Verifiers to Solve Math Word Problems", 2021.) Ties go to the older text. A text that
     is not the best so far can never be it again, so its branch is pruned at once. O(1) a text.
 

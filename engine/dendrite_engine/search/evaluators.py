@@ -5,6 +5,8 @@ text (`text`), a model's answer to a question (`asking`), sampled continuations 
 made one (`combine`) and one that remembers (`cached`).
 """
 
+from __future__ import annotations
+
 from dendrite_engine.search.evaluation.asking import reward_model, self_evaluation
 from dendrite_engine.search.evaluation.base import (
     Answer,

@@ -18,7 +18,7 @@ class PRMBeam(StepSearch):
     among the best keeps one of the `width` places, and the search ends when all places are taken or
     nothing is left to expand. Of children that are token for token the same only the first can be
     chosen. (Snell et al., "Scaling LLM Test-Time Compute Optimally can be More Effective than
-    Scaling Model Parameters", 2024, section 5.)
+    Scaling Model Parameters", 2024.)
 
     Args:
         width: beams.

@@ -21,8 +21,8 @@ class REBASE(StepSearch):
 
         children_j ~ (width - C) * exp(R_j / balance) / sum over k of exp(R_k / balance)
 
-    with R the rank of a node. (Wu et al., "Inference Scaling Laws: An Empirical Analysis of
-    Compute-Optimal Inference for Problem-Solving with Language Models", 2024, section 3.1.) Shares
+    with R the rank of a node. (Wu et al., "An Empirical Analysis of Compute-Optimal Inference for
+    Problem-Solving with Language Models", 2024, who name the method REBASE.) Shares
     are rounded by largest remainder, so that they add up to `width - C` exactly; nodes whose share
     is 0 are pruned. The search ends with `width` complete texts.
 

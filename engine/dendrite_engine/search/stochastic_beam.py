@@ -48,8 +48,8 @@ class StochasticBeam(TokenSearch[StochasticState]):
         G~ = -log(exp(-G) - exp(-max G') + exp(-G'))
 
     The greatest G~ go on; complete texts keep theirs and compete with the beams. (Kool, van Hoof &
-    Welling, "Stochastic Beams and Where to Find Them", ICML 2019, algorithm 1; the numerically
-    stable form is that of their appendix B.3.) `best` is the likeliest text found;
+    Welling, "Stochastic Beams and Where to Find Them", ICML 2019, whose appendix has the
+    numerically stable form.) `best` is the likeliest text found;
     `SearchResult.found` has all of them by G, so that the first is one plain sample of the model,
     and `inclusion` weighs them for unbiased estimates.
 
@@ -112,7 +112,7 @@ class StochasticBeam(TokenSearch[StochasticState]):
         """Probability that a text is in the sample, given the threshold k: `P(G > k)`.
 
         With p the probability of a text, the sum over the sample of `p / inclusion * f(text)` is an
-        unbiased estimate of the mean of f (Kool et al., section 4.1).
+        unbiased estimate of the mean of f (Kool et al.).
         """
         # 1 - exp(-exp(phi - k)) without cancellation
         return -math.expm1(-math.exp(min(state.total[node.id] - state.threshold, 700.0)))

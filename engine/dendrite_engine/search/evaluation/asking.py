@@ -133,7 +133,7 @@ def self_evaluation(
     Each branch is forked, the prompt is appended to the fork, the next token's probabilities are
     read and the fork is pruned. So nothing is prefilled but the prompt, and all branches of a batch
     share one forward. Answers are cached. The source is Kadavath et al., "Language Models (Mostly)
-    Know What They Know", 2022, section 4.1 (`P(True)`).
+    Know What They Know", 2022 (`P(True)`).
 
     Args:
         prompt: text or token ids that ask about what stands before. For a chat model it ends the
