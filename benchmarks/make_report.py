@@ -20,6 +20,7 @@ TITLES = {
     "memory": "Memory: pages of branches on one prefix",
     "tree": "Tree decode: many branches on one prefix",
     "first-token": "First token after a fork",
+    "beam": "Beam search: prompt to result",
     "search": "Search: MCTS against greedy and best-of-N",
     "gemm": "Matrix products of a decode step",
     "kv-formats": "Page formats: decode steps at a long context",
@@ -42,6 +43,10 @@ batch outside the timing.""",
 `at_end_ms`: fork at the end of a prefix whose logits are kept, no forward pass needed. `inside_ms`:
 fork 7 tokens before the end; one row is recomputed for all children together. `decode_step_ms`: one
 step of the same number of branches.""",
+    "beam": """\
+fp32, prefill included, prompts that neither side has seen, `generate(num_beams=width)` on the same
+prompts. `same_text`: runs in which both found the same best text. `pages`: the most that were live,
+beside what the beams would hold without sharing.""",
     "search": """\
 `twister`: a line in which many of the first ten words begin with a letter (score: share of them;
 solved: half). `words`: one sentence with four given words. Each method has 600 tokens (greedy needs

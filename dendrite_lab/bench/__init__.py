@@ -18,7 +18,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
     "benchmark",
     {
         "attention": "dendrite_lab.bench.gpu_attention:run",
-        "beam": "dendrite_lab.bench.gpu_beam:run",
+        "beam": "dendrite_lab.bench.beam:run",
         "decode": "dendrite_lab.bench.gpu_decode:run",
         "deterministic": "dendrite_lab.bench.gpu_deterministic:run",
         "first-token": "dendrite_lab.bench.first_token:run",

@@ -268,7 +268,7 @@ class Engine(SavesBranches):
         algorithm: Any,
         budget: Budget | None = None,
         *,
-        evaluator: Callable[[Sequence[Branch]], Sequence[float]] | None = None,
+        evaluator: Callable[[Sequence[Branch]], Any] | None = None,
         params: SamplingParams | None = None,
         **options: Any,
     ) -> SearchHandle:

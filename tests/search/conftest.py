@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-BEAM_PROMPTS, BEAM_TOKENS = 3, 20
+BEAM_PROMPTS, BEAM_TOKENS = 3, 32
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,18 @@ from dendrite_engine.search.base import Search
 # options that make a search small; an algorithm that is not listed runs with its defaults
 SMALL = {
     "beam": {"width": 3, "max_tokens": 10},
+    "best-of-n": {"n": 40, "max_tokens": 3, "parallel": 3},
+    "diverse-beam": {"width": 4, "groups": 2, "max_tokens": 10},
+    "dvts": {"subtrees": 2, "branching": 2, "tokens_per_step": 3},
     "mcts": {"width": 3, "tokens_per_node": 3, "parallel": 3},
+    "prm-beam": {"width": 2, "branching": 2, "tokens_per_step": 3},
+    "rebase": {"width": 4, "tokens_per_step": 3},
+    "self-consistency": {"n": 40, "max_tokens": 3, "parallel": 3, "extract": ".+"},
+    "stochastic-beam": {"width": 3, "max_tokens": 10},
+    "weighted-vote": {"n": 40, "max_tokens": 3, "parallel": 3, "extract": ".+"},
 }
+# searches whose nodes are tokens: a step makes more of them than it looks at
+BY_TOKENS = {"beam", "diverse-beam", "stochastic-beam"}
 ALL = pytest.mark.parametrize("name", SEARCHES.names())
 
 
@@ -57,7 +67,7 @@ def picture(state):
 
 
 @ALL
-@pytest.mark.parametrize("limit", ["tokens", "nodes", "iterations", "pages"])
+@pytest.mark.parametrize("limit", ["tokens", "nodes", "iterations", "compute", "pages"])
 def test_no_limit_is_exceeded_by_more_than_one_batch(name, limit):
     search = make(name)
     for amount in (12, 13, 17, 30):
@@ -69,8 +79,8 @@ def test_no_limit_is_exceeded_by_more_than_one_batch(name, limit):
         if limit == "pages":
             assert len(engine.refs) - 1 <= amount + 2 * search.plan(search.init(root)).trials + 6
             continue
-        batch = 3 * (3 if limit == "tokens" else 1)
-        assert spent <= amount + (batch if limit == "nodes" and name == "beam" else 0)
+        batch = 2 * search.width if name in BY_TOKENS else 0
+        assert spent <= amount + (batch if limit == "nodes" else 0)
         assert result.reason in (limit, "finished")
 
 
@@ -196,7 +206,7 @@ def test_a_pool_that_is_too_small_ends_the_search_not_the_engine(name):
     for pages in range(6, 24):
         engine = FakeEngine(9, eos=-1e9, num_pages=pages)
         root = engine.prompt([1, 2, 3])
-        search = make(name, **({"max_tokens": 200} if name == "beam" else {}))
+        search = make(name, **({"max_tokens": 200} if name in BY_TOKENS else {}))
         result = run(engine, root, search, Budget(iterations=3000))
         assert result.reason in ("pages", "iterations", "exhausted", "finished"), pages
         engine.check_integrity()
@@ -209,7 +219,7 @@ def test_a_pool_that_is_too_small_ends_the_search_not_the_engine(name):
 def test_branches_pruned_by_somebody_else_leave_the_search_going(name):
     engine = FakeEngine(9, eos=-1e9)
     root = engine.prompt([1, 2, 3])
-    search = make(name, **({"max_tokens": 60} if name == "beam" else {}))
+    search = make(name, **({"max_tokens": 60} if name in BY_TOKENS else {}))
     chance = random.Random(1)
 
     def vandal(event):

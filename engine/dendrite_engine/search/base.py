@@ -180,6 +180,13 @@ class Search(ABC, Generic[S]):
     def best(self, state: S) -> Node:
         """The node to return if the search ended now (the root before anything was found)."""
 
+    def found(self, state: S) -> list[Node]:
+        """All nodes worth showing at the end, in the algorithm's order; the best alone by default.
+
+        `rank` is their value in `SearchResult.found`.
+        """
+        return [self.best(state)]
+
     @abstractmethod
     def plan(self, state: S) -> BatchPlan:
         """Size and worst-case cost of the next batch."""

@@ -26,13 +26,16 @@ class Budget:
         seconds: time in batches; time spent paused does not count.
         pages: KV pages live in the engine above what was live when the search began.
         iterations: trials told (MCTS: simulations; beam search: next-token look-ups).
+        compute: token-forwards: tokens that a model computes for the search, each once. Those are
+            `tokens` and what evaluators report (the prompts they append, rollouts, a reward model's
+            prefill). One token-forward takes about 2 * parameters floating-point operations.
 
     Raises:
         InvalidArgument: a limit is not positive; the message names it.
 
     Example:
         >>> Budget(tokens=2000, seconds=30)
-        Budget(tokens=2000, nodes=None, seconds=30, pages=None, iterations=None)
+        Budget(tokens=2000, nodes=None, seconds=30, pages=None, iterations=None, compute=None)
     """
 
     tokens: int | None = None
@@ -40,9 +43,10 @@ class Budget:
     seconds: float | None = None
     pages: int | None = None
     iterations: int | None = None
+    compute: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "nodes", "pages", "iterations"):
+        for name in ("tokens", "nodes", "pages", "iterations", "compute"):
             value = getattr(self, name)
             if value is not None:
                 whole(f"budget.{name}", value, 1)
@@ -76,6 +80,7 @@ class Usage:
     seconds: float = 0.0
     pages: int = 0
     iterations: int = 0
+    compute: int = 0
 
 
 class Meter:
@@ -94,6 +99,7 @@ class Meter:
         self.tokens = 0
         self.nodes = 0
         self.iterations = 0
+        self.compute = 0
         self.pages = 0
         self._seconds = 0.0
         self._began: float | None = None
@@ -128,6 +134,7 @@ class Meter:
             ("iterations", 1),
             ("nodes", plan.nodes),
             ("tokens", plan.tokens),
+            ("compute", plan.tokens),
             ("pages", page_cost),
         ):
             limit = getattr(self.budget, name)
@@ -154,7 +161,9 @@ class Meter:
 
     def usage(self) -> Usage:
         """What was spent so far."""
-        return Usage(self.tokens, self.nodes, self.seconds, self.pages, self.iterations)
+        return Usage(
+            self.tokens, self.nodes, self.seconds, self.pages, self.iterations, self.compute
+        )
 
     def restore(self, usage: Usage) -> None:
         """Go on from what was spent before; pages are measured afresh."""

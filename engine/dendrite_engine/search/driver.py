@@ -115,6 +115,11 @@ class Runner:
         self._job: Job | None = None
         self._cancelled = False
 
+    @property
+    def evaluator_tokens(self) -> int:
+        """Tokens that a model computed for the evaluator so far."""
+        return 0 if self._guard is None else self._guard.tokens
+
     def run(self, trials: Sequence[Trial]) -> list[Outcome]:
         """Carry out a batch of trials; outcomes come in the order of the trials.
 

@@ -17,7 +17,7 @@ from dendrite_engine.search.base import Outcome, Search
 from dendrite_engine.search.budget import Budget, Clock, Meter, Usage
 from dendrite_engine.search.driver import Runner, reason_of
 from dendrite_engine.search.evaluators import Evaluator
-from dendrite_engine.search.result import SearchResult
+from dendrite_engine.search.result import FoundText, SearchResult
 from dendrite_engine.search.stats import SearchStats, StatsTable
 from dendrite_engine.search.tree import Node, Tree
 
@@ -150,6 +150,7 @@ class SearchSession:
         self.meter.nodes += new_nodes
         self.meter.iterations += len(outcomes)
         self.meter.tokens += sum(outcome.tokens_used for outcome in outcomes)
+        self.meter.compute = self.meter.tokens + self.runner.evaluator_tokens
         self._measure_pages()
         for outcome in outcomes:
             if outcome.error is not None:
@@ -203,10 +204,12 @@ class SearchSession:
             nodes=usage.nodes,
             iterations=usage.iterations,
             tokens=usage.tokens,
+            compute=usage.compute,
             seconds=usage.seconds,
             reason=reason,
             token_ids=tuple(tokens),
             node=best,
+            found=self._found(),
             _prune=self.abandon,
             released=self.keeper.released,
             remade=self.keeper.remade,
@@ -225,6 +228,18 @@ class SearchSession:
         """Say in the trace that the search goes on, and with how many branches made again."""
         data = {"state": "resumed", "nodes": len(self.state.tree), "branches": branches}
         self.state.note("search", self.state.tree.root, data)
+
+    def _found(self) -> tuple[FoundText, ...]:
+        algorithm, state = self.algorithm, self.state
+        with self.lock:
+            nodes = [
+                (n, state.tree.tokens(n), algorithm.rank(state, n)) for n in algorithm.found(state)
+            ]
+        decode = self._engine.tokenizer.decode
+        return tuple(
+            FoundText(decode(tokens, skip_special=True), value, tuple(tokens), node)
+            for node, tokens, value in nodes
+        )
 
     def abandon(self) -> int:
         """Prune every branch that the search made.

@@ -98,7 +98,7 @@ def _evaluator(search: Search[Any], evaluator: Evaluator | None) -> Evaluator | 
     if evaluator is None:
         return mean_logprob() if search.needs_values else None
     if not search.needs_values:
-        raise InvalidArgument(f"evaluator: {search.name} ranks by log-probability and uses none")
+        raise InvalidArgument(f"evaluator: {search.name} ranks without one and would never ask it")
     if not callable(evaluator):
         raise InvalidArgument(f"evaluator must be callable, got {evaluator!r}")
     return evaluator
