@@ -30,6 +30,9 @@ def unit(*key: object) -> float:
 class FakeTokenizer:
     """Token n is the word `wn`; the end token is special."""
 
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return [int(word.removeprefix("w")) for word in text.split()]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         return " ".join(f"w{i}" for i in ids if not (skip_special and i == EOS))
 
@@ -274,7 +277,8 @@ class FakeEngine:
     def draw(self, branch: FakeBranch, params: SamplingParams) -> tuple[int, float]:
         logprobs = self.logprobs_after(branch.token_ids)
         if params.temperature == 0:
-            token = max(range(len(logprobs)), key=lambda i: (logprobs[i], -i))
+            bias = params.logit_bias or {}
+            token = max(range(len(logprobs)), key=lambda i: (logprobs[i] + bias.get(i, 0.0), -i))
             return token, logprobs[token]
         weights = [math.exp(x / params.temperature) for x in logprobs]
         seed = self.config.seed if params.seed is None else params.seed

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from dendrite_engine.search.handle import SearchHandle
     from dendrite_engine.search.mcts import MCTS
     from dendrite_engine.search.result import SearchResult
+    from dendrite_engine.search.selection import (
+        PUCT,
+        UCT,
+        EpsilonGreedy,
+        SelectionRule,
+        UCB1Tuned,
+    )
     from dendrite_engine.search.session import SearchEvent
     from dendrite_engine.search.start import start_search
     from dendrite_engine.search.stats import SearchStats
@@ -41,6 +48,11 @@ SEARCHES: Registry[type[Search[Any]]] = Registry(
 
 _PUBLIC = {
     "MCTS": "mcts",
+    "PUCT": "selection",
+    "UCT": "selection",
+    "EpsilonGreedy": "selection",
+    "SelectionRule": "selection",
+    "UCB1Tuned": "selection",
     "BeamSearch": "beam",
     "Budget": "budget",
     "Evaluator": "evaluators",
@@ -66,9 +78,12 @@ _PUBLIC = {
 
 __all__ = [
     "MCTS",
+    "PUCT",
     "SEARCHES",
+    "UCT",
     "BeamSearch",
     "Budget",
+    "EpsilonGreedy",
     "Evaluator",
     "Node",
     "Outcome",
@@ -78,9 +93,11 @@ __all__ = [
     "SearchHandle",
     "SearchResult",
     "SearchStats",
+    "SelectionRule",
     "State",
     "Tree",
     "Trial",
+    "UCB1Tuned",
     "Usage",
     "combine",
     "keyword_coverage",

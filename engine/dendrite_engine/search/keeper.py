@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
@@ -73,13 +75,18 @@ class BranchKeeper:
         return branch
 
     def extend(self, rows: Sequence[Growth]) -> list[Exception | None]:
-        """Append chosen tokens to branches; returns the error of each that could not take them."""
+        """Append chosen tokens to branches; returns the error of each that could not take them.
+
+        A token whose log-probability is NaN was forced, and has none in the branch.
+        """
         if not rows:
             return []
-        branches, tokens, logprobs = zip(*rows, strict=True)
         wanted = [b.num_tokens + len(t) if b.is_alive else 0 for b, t, _ in rows]
+        if any(_is_mixed(row) for row in rows):
+            return [self._extend_one(row, n) for row, n in zip(rows, wanted, strict=True)]
+        branches, tokens, logprobs = zip(*rows, strict=True)
         try:
-            self._engine.extend(branches, tokens, logprobs)
+            self._engine.extend(branches, tokens, [_known(row) for row in logprobs])
         except BRANCH_ERRORS:
             # the batch stopped at some branch; go on one by one with those that did not get theirs
             return [self._extend_one(row, n) for row, n in zip(rows, wanted, strict=True)]
@@ -89,7 +96,12 @@ class BranchKeeper:
         branch, tokens, logprobs = row
         try:
             if branch.num_tokens != wanted:
-                self._engine.extend([branch], [tokens], [logprobs])
+                start = 0
+                for forced, run in itertools.groupby(logprobs, math.isnan):
+                    values = list(run)
+                    part = tokens[start : start + len(values)]
+                    self._engine.extend([branch], [part], [None if forced else values])
+                    start += len(values)
         except BRANCH_ERRORS as error:
             return error
         return None
@@ -194,3 +206,14 @@ class BranchKeeper:
             Pages freed.
         """
         return sum(self.prune(b) for i, b in list(self.live.items()) if i not in keep)
+
+
+def _known(logprobs: Sequence[float]) -> Sequence[float] | None:
+    """Log-probabilities of chosen tokens; `None` for a run of forced ones."""
+    return None if math.isnan(logprobs[0]) else logprobs
+
+
+def _is_mixed(row: Growth) -> bool:
+    """Whether some of the tokens were forced and some chosen."""
+    forced = [math.isnan(value) for value in row[2]]
+    return any(forced) and not all(forced)
