@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         verifier,
     )
     from dendrite_engine.search.handle import SearchHandle
+    from dendrite_engine.search.judges import prompted_value, prompted_vote
+    from dendrite_engine.search.lookahead import Lookahead
     from dendrite_engine.search.mcts import MCTS
     from dendrite_engine.search.result import SearchResult
     from dendrite_engine.search.selection import (
@@ -37,12 +39,15 @@ if TYPE_CHECKING:
     from dendrite_engine.search.start import start_search
     from dendrite_engine.search.stats import SearchStats
     from dendrite_engine.search.tree import Node, Tree
+    from dendrite_engine.search.tree_of_thought import TreeOfThought
 
 SEARCHES: Registry[type[Search[Any]]] = Registry(
     "search algorithm",
     {
         "beam": "dendrite_engine.search.beam:BeamSearch",
+        "lookahead": "dendrite_engine.search.lookahead:Lookahead",
         "mcts": "dendrite_engine.search.mcts:MCTS",
+        "tot": "dendrite_engine.search.tree_of_thought:TreeOfThought",
     },
 )
 
@@ -56,6 +61,7 @@ _PUBLIC = {
     "BeamSearch": "beam",
     "Budget": "budget",
     "Evaluator": "evaluators",
+    "Lookahead": "lookahead",
     "Node": "tree",
     "Outcome": "base",
     "Runner": "driver",
@@ -66,11 +72,14 @@ _PUBLIC = {
     "SearchStats": "stats",
     "State": "base",
     "Tree": "tree",
+    "TreeOfThought": "tree_of_thought",
     "Trial": "base",
     "Usage": "budget",
     "combine": "evaluators",
     "keyword_coverage": "evaluators",
     "mean_logprob": "evaluators",
+    "prompted_value": "judges",
+    "prompted_vote": "judges",
     "start_search": "start",
     "sum_logprob": "evaluators",
     "verifier": "evaluators",
@@ -85,6 +94,7 @@ __all__ = [
     "Budget",
     "EpsilonGreedy",
     "Evaluator",
+    "Lookahead",
     "Node",
     "Outcome",
     "Runner",
@@ -96,12 +106,15 @@ __all__ = [
     "SelectionRule",
     "State",
     "Tree",
+    "TreeOfThought",
     "Trial",
     "UCB1Tuned",
     "Usage",
     "combine",
     "keyword_coverage",
     "mean_logprob",
+    "prompted_value",
+    "prompted_vote",
     "start_search",
     "sum_logprob",
     "verifier",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from dendrite_engine.errors import InvalidArgument, StaleBranch
 from dendrite_engine.search.actions import Actions, Runs, allowed_runs, check_actions
@@ -58,9 +58,11 @@ class ExpandingSearch(WritingSearch[E], Generic[E]):
             it, however the paths were cut into nodes; otherwise only with an equal sibling.
     """
 
+    expansions: ClassVar[tuple[str, ...]] = ("sample", "top_k", "top_p", "actions")
+
     width: int = 3
     max_depth: int | None = None
-    expansion: Literal["sample", "top_k", "top_p", "actions"] = "sample"
+    expansion: Literal["sample", "top_k", "top_p", "actions", "propose"] = "sample"
     top_p: float = 0.9
     actions: Actions | None = None
     priors: Literal["model", "uniform"] = "model"
@@ -71,7 +73,7 @@ class ExpandingSearch(WritingSearch[E], Generic[E]):
         whole("width", self.width, 1)
         if self.max_depth is not None:
             whole("max_depth", self.max_depth, 1)
-        one_of("expansion", self.expansion, ("sample", "top_k", "top_p", "actions"))
+        one_of("expansion", self.expansion, self.expansions)
         number("top_p", self.top_p, 0, above=True)
         if self.top_p > 1:
             raise InvalidArgument(f"top_p must be in (0, 1], got {self.top_p}")
@@ -89,9 +91,14 @@ class ExpandingSearch(WritingSearch[E], Generic[E]):
 
     # -- which children a node can have ---------------------------------------------------------
 
+    @property
+    def has_runs(self) -> bool:
+        """Whether children are runs of tokens that were there before, not sampled ones."""
+        return self.expansion in ("actions", "propose")
+
     def attempts_allowed(self, state: E, node: Node) -> int:
         """Attempts at children of a node whose branch is alive, all together."""
-        if self.expansion == "actions":
+        if self.has_runs:
             return min(self.width, len(self._runs(state, node)))
         if self.expansion != "top_p":
             return self.width
@@ -115,6 +122,10 @@ class ExpandingSearch(WritingSearch[E], Generic[E]):
         weights = [math.exp(logprob - top) for logprob in logprobs]
         total = math.fsum(weights)
         return [weight / total for weight in weights]
+
+    def longest_run(self, state: E) -> int:
+        """Tokens of the longest run known so far; 1 before any is known."""
+        return max((len(run) for runs in state.runs.values() for run in runs), default=1)
 
     def _runs(self, state: E, node: Node) -> Runs:
         """Actions allowed at a node; asked for once."""
@@ -148,7 +159,7 @@ class ExpandingSearch(WritingSearch[E], Generic[E]):
         node.attempts += 1
         if self.expansion != "sample":
             details.update(alternative=ordinal, k=self.width)
-        if self.expansion == "actions":
+        if self.has_runs:
             runs = self._runs(state, node)
             if self.priors == "uniform" and node.candidates is None:
                 node.candidates = unranked(runs)

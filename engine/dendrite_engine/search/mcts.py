@@ -99,9 +99,7 @@ class MCTS(SelectingSearch[MCTSState]):
 
     def plan(self, state: MCTSState) -> BatchPlan:
         """`parallel` simulations, each worth running alone."""
-        written = self.tokens_per_node
-        if self.expansion == "actions":
-            written = max((len(run) for runs in state.runs.values() for run in runs), default=1)
+        written = self.longest_run(state) if self.has_runs else self.tokens_per_node
         return BatchPlan(self.parallel, 1, written + self.rollout_tokens, 1)
 
     def ask(self, state: MCTSState, n: int) -> list[Trial]:
