@@ -27,6 +27,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
         "kv-formats": "dendrite_lab.bench.kv_formats:run",
         "memory": "dendrite_lab.bench.memory:run",
         "search": "dendrite_lab.bench.search:run",
+        "search-overhead": "dendrite_lab.bench.search_overhead:run",
         "tree": "dendrite_lab.bench.tree:run",
     },
 )
