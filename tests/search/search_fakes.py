@@ -49,7 +49,7 @@ class FakeBranch:
         self.forks = itertools.count()
         # an int where a search has set it
         self._key: object = () if parent is None else (parent._key, next(parent.forks))
-        self._tokens = tokens
+        self._ids = tokens
         self._logprobs: list[float | None] = [None] * len(tokens)
         self._pages: list[int] = []
 
@@ -60,12 +60,16 @@ class FakeBranch:
     @property
     def num_tokens(self) -> int:
         self.check()
-        return len(self._tokens)
+        return len(self._ids)
 
     @property
     def token_ids(self) -> list[int]:
         self.check()
-        return list(self._tokens)
+        return list(self._ids)
+
+    def _tokens(self, start: int) -> list[int]:
+        self.check()
+        return self._ids[start:]
 
     @property
     def logprobs(self) -> list[float | None]:
@@ -84,10 +88,10 @@ class FakeBranch:
         self.check()
         if n < 1:
             raise InvalidArgument(f"fork: n must be at least 1, got {n}")
-        return [self._fork(len(self._tokens) if at is None else at) for _ in range(n)]
+        return [self._fork(len(self._ids) if at is None else at) for _ in range(n)]
 
     def _fork(self, at: int) -> FakeBranch:
-        child = FakeBranch(self.engine, self, self._tokens[:at])
+        child = FakeBranch(self.engine, self, self._ids[:at])
         child._logprobs = self._logprobs[:at]
         child._pages = self._pages[: self.engine.pages_for(at)]
         self.engine.hold(child._pages)
@@ -99,14 +103,14 @@ class FakeBranch:
     def append(self, token_id: int, logprob: float | None) -> None:
         """One token; takes a page, or copies a shared partial one."""
         self.check()
-        engine, used = self.engine, len(self._tokens) % self.engine.config.page_size
+        engine, used = self.engine, len(self._ids) % self.engine.config.page_size
         if used and engine.refs[self._pages[-1]] > 1:
             fresh = engine.take_page()
             engine.drop([self._pages.pop()])
             self._pages.append(fresh)
         elif not used:
             self._pages.append(engine.take_page())
-        self._tokens.append(token_id)
+        self._ids.append(token_id)
         self._logprobs.append(logprob)
 
     def extend(self, tokens, logprobs=None) -> FakeBranch:
@@ -115,8 +119,8 @@ class FakeBranch:
         return self
 
     def rollback(self, n: int) -> int:
-        del self._tokens[-n:], self._logprobs[-n:]
-        keep = self.engine.pages_for(len(self._tokens))
+        del self._ids[-n:], self._logprobs[-n:]
+        keep = self.engine.pages_for(len(self._ids))
         gone, self._pages = self._pages[keep:], self._pages[:keep]
         return self.engine.drop(gone)
 

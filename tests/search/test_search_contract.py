@@ -12,6 +12,7 @@ from dendrite_engine.search.base import Search
 
 # options that make a search small; an algorithm that is not listed runs with its defaults
 SMALL = {
+    "abmcts": {"width": 6, "max_depth": 3, "tokens_per_node": 3, "parallel": 3},
     "beam": {"width": 3, "max_tokens": 10},
     "lookahead": {"width": 3, "tokens_per_node": 1, "max_depth": 5},
     "mcts": {"width": 3, "tokens_per_node": 3, "parallel": 3},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dendrite_engine.registry import Registry
 
 if TYPE_CHECKING:
+    from dendrite_engine.search.abmcts import ABMCTS
     from dendrite_engine.search.base import Outcome, Search, State, Trial
     from dendrite_engine.search.beam import BeamSearch
     from dendrite_engine.search.budget import Budget, Usage
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dendrite_engine.search.judges import prompted_value, prompted_vote
     from dendrite_engine.search.lookahead import Lookahead
     from dendrite_engine.search.mcts import MCTS
+    from dendrite_engine.search.posterior import BetaPosterior, GaussianPosterior, Posterior
     from dendrite_engine.search.result import SearchResult
     from dendrite_engine.search.selection import (
         PUCT,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 SEARCHES: Registry[type[Search[Any]]] = Registry(
     "search algorithm",
     {
+        "abmcts": "dendrite_engine.search.abmcts:ABMCTS",
         "beam": "dendrite_engine.search.beam:BeamSearch",
         "lookahead": "dendrite_engine.search.lookahead:Lookahead",
         "mcts": "dendrite_engine.search.mcts:MCTS",
@@ -52,6 +55,7 @@ SEARCHES: Registry[type[Search[Any]]] = Registry(
 )
 
 _PUBLIC = {
+    "ABMCTS": "abmcts",
     "MCTS": "mcts",
     "PUCT": "selection",
     "UCT": "selection",
@@ -59,11 +63,14 @@ _PUBLIC = {
     "SelectionRule": "selection",
     "UCB1Tuned": "selection",
     "BeamSearch": "beam",
+    "BetaPosterior": "posterior",
     "Budget": "budget",
     "Evaluator": "evaluators",
+    "GaussianPosterior": "posterior",
     "Lookahead": "lookahead",
     "Node": "tree",
     "Outcome": "base",
+    "Posterior": "posterior",
     "Runner": "driver",
     "Search": "base",
     "SearchEvent": "session",
@@ -86,17 +93,21 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ABMCTS",
     "MCTS",
     "PUCT",
     "SEARCHES",
     "UCT",
     "BeamSearch",
+    "BetaPosterior",
     "Budget",
     "EpsilonGreedy",
     "Evaluator",
+    "GaussianPosterior",
     "Lookahead",
     "Node",
     "Outcome",
+    "Posterior",
     "Runner",
     "Search",
     "SearchEvent",

@@ -21,7 +21,7 @@ from dendrite_engine.errors import (
 )
 from dendrite_engine.search.base import ENDED, Outcome, Trial
 from dendrite_engine.search.evaluators import Evaluator, EvaluatorGuard, bind
-from dendrite_engine.search.keeper import BRANCH_ERRORS, BranchKeeper
+from dendrite_engine.search.keeper import BRANCH_ERRORS, BranchKeeper, held_by
 from dendrite_engine.search.likelihood import RunScorer
 from dendrite_engine.search.tree import Candidate, Node
 
@@ -351,11 +351,13 @@ def _lacks_alternatives(trial: Trial) -> bool:
 
 def _at_end(node: Node) -> Branch:
     """The node's branch, still ending where the node ends."""
-    if node.branch is None or node.branch.num_tokens != node.span[1]:
+    branch = held_by(node)
+    if branch.num_tokens != node.span[1]:
         raise StaleBranch(
-            f"branch {node.branch_id} was pruned or changed while its node was searched"
+            f"branch {branch.id} was extended to {branch.num_tokens} tokens while its node, which "
+            f"ends at {node.span[1]}, was searched"
         )
-    return node.branch
+    return branch
 
 
 def _ended(branch: Branch, reason: FinishReason, error: Exception | None = None) -> Completion:

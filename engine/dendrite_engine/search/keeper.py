@@ -51,17 +51,11 @@ class BranchKeeper:
             key: replaces the key that the engine draws the fork's tokens by.
 
         Raises:
-            StaleBranch: the branch was pruned, or rolled back behind the node's end.
+            StaleBranch: the branch was pruned, or no longer holds the node's tokens.
             BudgetExceeded: the engine holds `max_branches` already.
         """
-        branch, end = node.branch, node.span[1]
-        if branch is None:
-            raise StaleBranch(f"branch {node.branch_id} was pruned while its node was searched")
-        held = branch.num_tokens
-        if held < end:
-            raise StaleBranch(
-                f"branch {branch.id} was rolled back to {held} tokens; its node ends at {end}"
-            )
+        branch = held_by(node)
+        held, end = branch.num_tokens, node.span[1]
         fork = branch.fork(1)[0] if held == end else branch.fork(1, at=end)[0]
         if key is not None:
             # the engine's own key counts the forks of a branch, so a second search from the same
@@ -206,6 +200,29 @@ class BranchKeeper:
             Pages freed.
         """
         return sum(self.prune(b) for i, b in list(self.live.items()) if i not in keep)
+
+
+def held_by(node: Node) -> Branch:
+    """The node's branch, which still holds the node's tokens; it may go on after them.
+
+    Raises:
+        StaleBranch: it was pruned, or somebody else has changed it before the node's end.
+    """
+    branch, end = node.branch, node.span[1]
+    if branch is None:
+        raise StaleBranch(f"branch {node.branch_id} was pruned while its node was searched")
+    held = branch.num_tokens
+    if held < end:
+        raise StaleBranch(
+            f"branch {branch.id} was rolled back to {held} tokens; its node ends at {end}"
+        )
+    own = branch._tokens(node.start)[: len(node.token_ids)] if node.token_ids else []
+    if tuple(own) != node.token_ids:
+        raise StaleBranch(
+            f"branch {branch.id} was rolled back and extended: its tokens from {node.start} to "
+            f"{end} are no longer those of its node"
+        )
+    return branch
 
 
 def _known(logprobs: Sequence[float]) -> Sequence[float] | None:

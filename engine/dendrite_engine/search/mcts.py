@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dendrite_engine.errors import InvalidArgument, SearchError
+from dendrite_engine.errors import InvalidArgument
 from dendrite_engine.search.base import Outcome, Trial
 from dendrite_engine.search.budget import BatchPlan, Budget
 from dendrite_engine.search.checks import number, one_of, whole
@@ -20,13 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class MCTSState(SelectingState):
-    """State of an MCTS.
-
-    Attributes:
-        leader: node with the highest score so far, `None` before the first.
-    """
-
-    leader: Node | None = None
+    """State of an MCTS; see `SelectingState`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +43,14 @@ class MCTS(SelectingSearch[MCTSState]):
     another visit of every node on both paths. A node is exhausted when its text has ended, or
     all attempts were made and all children are exhausted; select never returns to it, so its branch
     is pruned unless it lies on the path to the best. Select costs O(depth * width), backpropagate
-    O(depth). Options not listed here are those of `SelectingSearch` (select), `ExpandingSearch` and
-    `WritingSearch` (expand).
+    O(depth). Options not listed here are those of `SelectingSearch`, `DescendingSearch` (select),
+    `ExpandingSearch` and `WritingSearch` (expand).
 
     Args:
         rollout_tokens: length of the continuation that is valued in a child's place; 0 values the
             child.
-        parallel: simulations in a batch.
         discount: in (0, 1]; the value of a node d levels above the child gets `discount ** d` times
             the child's.
-        target: end as soon as a node's value reaches this; `None` never.
         final: what `best` returns: `score` the node that the evaluator valued highest (ties: lowest
             id), `visits` the end of the most visited path (robust child; better with rollouts,
             whose text is not kept).
@@ -75,20 +66,15 @@ class MCTS(SelectingSearch[MCTSState]):
     default_budget: ClassVar[Budget] = Budget(iterations=256)
 
     rollout_tokens: int = 0
-    parallel: int = 4
     discount: float = 1.0
-    target: float | None = None
     final: Literal["score", "visits"] = "score"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("rollout_tokens", self.rollout_tokens, 0)
-        whole("parallel", self.parallel, 1)
         number("discount", self.discount, 0, above=True)
         if self.discount > 1:
             raise InvalidArgument(f"discount must be in (0, 1], got {self.discount}")
-        if self.target is not None:
-            number("target", self.target)
         one_of("final", self.final, ("score", "visits"))
 
     # -- the ask/tell contract ------------------------------------------------------------------
@@ -154,57 +140,7 @@ class MCTS(SelectingSearch[MCTSState]):
         visits = max(1.0, self._visits(parent))
         return self._score(state, node, visits, self._priors(state, parent))
 
-    def drop(self, state: MCTSState, node: Node) -> None:
-        """Take a subtree out; the best node is found anew when it was in there. O(subtree)."""
-        state.tree.drop(node)
-        if state.leader is not None and state.leader.status == "pruned":
-            self._find_leader(state)
-        if node.parent is not None:
-            self._close(state, node.parent)
-
-    def check_advance(self, state: MCTSState, node: Node) -> None:
-        """Require a living node below the root.
-
-        Raises:
-            SearchError: it is not.
-        """
-        if node.status == "pruned" or state.tree.root not in node.path()[:-1]:
-            raise SearchError(
-                f"can't advance to node {node.id} ({node.status}): it must be alive and below the "
-                f"root, node {state.tree.root.id}"
-            )
-
-    def advance(self, state: MCTSState, node: Node) -> None:
-        """Make `node` the root: all that is not below it is dropped, statistics stay. O(tree).
-
-        What the search writes is still counted from the first root. Advance between two batches:
-        outcomes under way elsewhere are lost.
-        """
-        self.check_advance(state, node)
-        path = node.path()
-        for above, kept in itertools.pairwise(path[path.index(state.tree.root) :]):
-            above.exhausted = True
-            for child in above.children:
-                if child is not kept:
-                    state.tree.drop(child)
-        state.tree.root = node
-        if state.leader is not None and node not in state.leader.path():
-            self._find_leader(state)
-
-    def _find_leader(self, state: MCTSState) -> None:
-        below = state.tree.root.subtree()
-        scored = [n for n in below if n.score is not None and n.status != "pruned"]
-        state.leader = max(scored, key=lambda n: (n.score or 0.0, -n.id), default=None)
-
     # -- evaluate and backpropagate -------------------------------------------------------------
-
-    @staticmethod
-    def _count_in_flight(node: Node, step: int) -> None:
-        node.in_flight += step
-        above: Node | None = node
-        while above is not None:
-            above.virtual += step
-            above = above.parent
 
     def _grow(self, state: MCTSState, trial: Trial, outcome: Outcome, value: float) -> None:
         """Make the child's node, or merge it into an equal one, and backpropagate."""
@@ -250,27 +186,3 @@ class MCTS(SelectingSearch[MCTSState]):
                 f"the evaluator gave {value}; UCT wants values in [0, 1]: squash them in the "
                 "evaluator, or use MCTS(normalise='minmax')"
             )
-
-    # -- releasing losers -----------------------------------------------------------------------
-
-    def _follow(self, state: MCTSState, child: Node) -> None:
-        """Make `child` the leader when it beats it, and let go of the old leader's path."""
-        old = state.leader
-        if old is not None and (child.score or 0.0) <= (old.score or 0.0):
-            self._release_exhausted(state, child)
-            return
-        state.leader = child
-        for node in old.path() if old is not None else ():
-            self._release_exhausted(state, node)
-
-    def _release_exhausted(self, state: MCTSState, node: Node) -> None:
-        keep = self.keep_tree or (state.leader is not None and node in state.leader.path())
-        if node.exhausted and not keep:
-            state.tree.release(node)
-
-    def _check_end(self, state: MCTSState) -> None:
-        leader = state.leader
-        if self.target is not None and leader is not None and (leader.score or 0.0) >= self.target:
-            state.reason = "target"
-        elif state.tree.root.exhausted:
-            state.reason = "exhausted"

@@ -9,8 +9,8 @@ from typing import Generic, Literal, TypeVar
 
 from dendrite_engine.errors import InvalidArgument
 from dendrite_engine.search.checks import number, one_of, whole
+from dendrite_engine.search.descending import DescendingSearch, DescendingState
 from dendrite_engine.search.draws import generator
-from dendrite_engine.search.expanding import ExpandingSearch, ExpandingState
 from dendrite_engine.search.selection import Arm, SelectionRule, selection_rule
 from dendrite_engine.search.tree import Node
 
@@ -19,7 +19,7 @@ _LAST = 1 << 62
 
 
 @dataclass(slots=True)
-class SelectingState(ExpandingState):
+class SelectingState(DescendingState):
     """State of a search that selects by score.
 
     Attributes:
@@ -40,7 +40,7 @@ M = TypeVar("M", bound=SelectingState)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectingSearch(ExpandingSearch[M], Generic[M]):
+class SelectingSearch(DescendingSearch[M], Generic[M]):
     """Options that say how the tree is walked down.
 
     Args:
@@ -81,27 +81,8 @@ class SelectingSearch(ExpandingSearch[M], Generic[M]):
         """The selection rule in force."""
         return selection_rule(self.selection)
 
-    def _select(self, state: M) -> Node | None:
-        """The node to expand next; backs out of subtrees where everything is in flight."""
-        root = state.tree.root
-        path = [(root, self._choices(state, root))]
-        while path:
-            node, choices = path[-1]
-            choice = next(choices, None)
-            if choice is None:
-                # everything below is in flight, or a smaller width left nothing to try
-                self._close(state, path.pop()[0])
-            elif choice is node:
-                return node
-            else:
-                path.append((choice, self._choices(state, choice)))
-        return None
-
     def _choices(self, state: M, node: Node) -> Iterator[Node]:
-        """Where to go from a node, best first: to a child, or `node` itself to expand it.
-
-        Lazily: the first choice nearly always does.
-        """
+        """Children by score; the node itself first, or where the rule ranks its next child."""
         rule, can_expand = self.rule, self._can_expand(state, node)
         if can_expand and rule.untried_first:
             yield node
@@ -122,14 +103,6 @@ class SelectingSearch(ExpandingSearch[M], Generic[M]):
             first = min(keyed) if stray is None else keyed[stray]
             yield first[2]
             yield from (entry[2] for entry in sorted(keyed) if entry is not first)
-
-    def _can_expand(self, state: M, node: Node) -> bool:
-        return (
-            node.branch is not None
-            and not node.exhausted
-            and (self.max_depth is None or node.depth < self.max_depth)
-            and node.attempts < self._allowed(state, node)
-        )
 
     def _allowed(self, state: M, node: Node) -> int:
         allowed = self.attempts_allowed(state, node)
@@ -189,23 +162,3 @@ class SelectingSearch(ExpandingSearch[M], Generic[M]):
             )
             state.root_priors[key] = found
         return found
-
-    # -- exhausted nodes ------------------------------------------------------------------------
-
-    def _close(self, state: M, node: Node) -> None:
-        """Mark nodes from `node` upwards that have nothing left to try, release their branches."""
-        above: Node | None = node
-        while above is not None and not above.exhausted:
-            if above.in_flight or self._can_expand(state, above):
-                return
-            if not all(child.exhausted for child in above.children):
-                return
-            above.exhausted = True
-            state.tree.dirty.add(above.id)
-            self._release_exhausted(state, above)
-            above = above.parent
-
-    def _release_exhausted(self, state: M, node: Node) -> None:
-        """Let go of a node that select never returns to; a subclass keeps what it still wants."""
-        if node.exhausted and not self.keep_tree:
-            state.tree.release(node)
