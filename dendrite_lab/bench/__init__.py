@@ -23,6 +23,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
         "deterministic": "dendrite_lab.bench.gpu_deterministic:run",
         "first-token": "dendrite_lab.bench.first_token:run",
         "fork": "dendrite_lab.bench.fork:run",
+        "game24": "dendrite_lab.bench.game24_search:run",
         "gemm": "dendrite_lab.bench.gemm:run",
         "kv-formats": "dendrite_lab.bench.kv_formats:run",
         "memory": "dendrite_lab.bench.memory:run",
