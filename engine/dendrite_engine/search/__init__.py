@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from dendrite_engine.search.handle import SearchHandle
     from dendrite_engine.search.judges import prompted_value, prompted_vote
+    from dendrite_engine.search.lats import LATS
     from dendrite_engine.search.lookahead import Lookahead
     from dendrite_engine.search.mcts import MCTS
     from dendrite_engine.search.posterior import BetaPosterior, GaussianPosterior, Posterior
@@ -48,6 +49,7 @@ SEARCHES: Registry[type[Search[Any]]] = Registry(
     {
         "abmcts": "dendrite_engine.search.abmcts:ABMCTS",
         "beam": "dendrite_engine.search.beam:BeamSearch",
+        "lats": "dendrite_engine.search.lats:LATS",
         "lookahead": "dendrite_engine.search.lookahead:Lookahead",
         "mcts": "dendrite_engine.search.mcts:MCTS",
         "tot": "dendrite_engine.search.tree_of_thought:TreeOfThought",
@@ -56,6 +58,7 @@ SEARCHES: Registry[type[Search[Any]]] = Registry(
 
 _PUBLIC = {
     "ABMCTS": "abmcts",
+    "LATS": "lats",
     "MCTS": "mcts",
     "PUCT": "selection",
     "UCT": "selection",
@@ -94,6 +97,7 @@ _PUBLIC = {
 
 __all__ = [
     "ABMCTS",
+    "LATS",
     "MCTS",
     "PUCT",
     "SEARCHES",
