@@ -8,7 +8,16 @@ import random
 import pytest
 from search_fakes import FakeEngine
 
-from dendrite_engine.search import SEARCHES, Budget, Outcome, Runner, start_search
+from dendrite_engine.errors import SearchError
+from dendrite_engine.search import (
+    MCTS,
+    SEARCHES,
+    Budget,
+    Outcome,
+    Runner,
+    check_contract,
+    start_search,
+)
 from dendrite_engine.search.base import Search
 
 # options that make a search small; an algorithm that is not listed runs with its defaults
@@ -305,3 +314,76 @@ def test_options_that_may_change_live_are_options(name):
         assert hasattr(search, option)
         same = search.with_options(**{option: getattr(search, option)})
         assert same == search
+
+
+# -- the checks that users run ------------------------------------------------------------------
+
+
+@ALL
+def test_the_public_checks_pass(name):
+    engine = FakeEngine(9, eos=-1e9)
+    root = engine.prompt([1, 2, 3])
+    search = make(name, seed=2)
+    assert len(check_contract(search, root, evaluator_for(search))) == 4
+    assert engine.branches == [root]
+
+
+def hoarder():
+    """An MCTS that forgets to hand back branches of merged children."""
+
+    class Hoarder(MCTS):
+        def tell(self, state, results):
+            kept = [o.branch.fork()[0] for o in results if o.branch is not None]
+            super().tell(state, results)
+            state.notes += [("search", b.id, {}) for b in kept]
+
+    return Hoarder(seed=1, tokens_per_node=2)
+
+
+def gambler():
+    """One whose draws come from the process, not from the seed."""
+
+    class Gambler(MCTS):
+        def node_key(self, node, ordinal):
+            return random.SystemRandom().getrandbits(60)
+
+    return Gambler(seed=1, tokens_per_node=2)
+
+
+def spender():
+    """One that asks for more than it is allowed."""
+
+    class Spender(MCTS):
+        def ask(self, state, n):
+            return super().ask(state, 50 * n)
+
+    return Spender(seed=1, tokens_per_node=2, width=200)
+
+
+def parrot():
+    """One that counts a repeated outcome again."""
+
+    class Parrot(MCTS):
+        def tell(self, state, results):
+            for _ in results:
+                state.tree.root.visits += 1
+            super().tell(state, results)
+
+    return Parrot(seed=1, tokens_per_node=2)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (hoarder, "left branches"),
+        (gambler, "two different trees"),
+        (spender, "more than one batch"),
+        (parrot, "counts an outcome again"),
+        (lambda: MCTS(), "has no seed"),
+    ],
+)
+def test_the_public_checks_find_a_search_that_breaks_its_promises(broken, message):
+    engine = FakeEngine(9, eos=-1e9)
+    root = engine.prompt([1, 2, 3])
+    with pytest.raises(SearchError, match=message):
+        check_contract(broken(), root, lambda bs: [0.5] * len(bs))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dendrite_engine.search.base import Outcome, Search, State, Trial
     from dendrite_engine.search.beam import BeamSearch
     from dendrite_engine.search.budget import Budget, Usage
+    from dendrite_engine.search.contract import check_contract
     from dendrite_engine.search.driver import Runner
     from dendrite_engine.search.evaluators import (
         Evaluator,
@@ -85,6 +86,7 @@ _PUBLIC = {
     "TreeOfThought": "tree_of_thought",
     "Trial": "base",
     "Usage": "budget",
+    "check_contract": "contract",
     "combine": "evaluators",
     "keyword_coverage": "evaluators",
     "mean_logprob": "evaluators",
@@ -125,6 +127,7 @@ __all__ = [
     "Trial",
     "UCB1Tuned",
     "Usage",
+    "check_contract",
     "combine",
     "keyword_coverage",
     "mean_logprob",
