@@ -122,42 +122,50 @@ def _mcts_row(
 
 
 def _thought_row(engine: Engine, root: Branch, args: argparse.Namespace) -> dict[str, Any]:
-    ours, outside = [], []
-    for seed in range(args.repeats):
-        search = TreeOfThought(
-            width=WIDTH, breadth=WIDTH ** (DEPTH - 1), max_depth=DEPTH, seed=seed,
-            tokens_per_node=args.thought_tokens,
-            sampling=SamplingParams(temperature=1.0, ignore_eos=True),
-        )  # fmt: skip
-        clock = ForwardClock()
-        with clock.running():
-            start = time.perf_counter()
-            result = engine.search(root, search).wait()
-            ours.append(time.perf_counter() - start)
-        outside.append(100.0 * (1.0 - clock.seconds / ours[-1]))
-        if result.nodes != GENERATIONS:
-            raise InvalidArgument(f"expected {GENERATIONS} thoughts, the search made {result}")
-        result.prune()
+    """Ours before, between and after the runs of the peer, so that a slow spell hits both."""
+    runs = [_thoughts(engine, root, seed, args) for seed in range(args.repeats)]
+    peers: dict[str, list[float]] = {"one_by_one": [], "by_level": []}
+    model = hugging_face(engine.model_path) if args.hf_repeats else None
+    for seed in range(args.hf_repeats):
+        for name, seconds in peers.items():
+            at_once = name == "by_level"
+            ids = root.token_ids
+            seconds.append(_hf_seconds(model, ids, args.thought_tokens, seed, at_once))
+            runs.append(_thoughts(engine, root, seed, args))
+    ours = measure.spread([seconds for seconds, _ in runs], 2)
     row: dict[str, Any] = {
         "search": "tree of thought",
         "parallel": None,
         "generations": GENERATIONS,
         "tokens": GENERATIONS * args.thought_tokens,
-        "seconds": measure.spread(ours, 2),
-        "outside_percent": measure.spread(outside, 2),
+        "seconds": ours,
+        "outside_percent": measure.spread([outside for _, outside in runs], 2),
     }
-    if args.hf_repeats:
-        model = hugging_face(engine.model_path)
-        for name, at_once in (("one_by_one", False), ("by_level", True)):
-            hf = [
-                _hf_seconds(model, root.token_ids, args.thought_tokens, seed, at_once)
-                for seed in range(args.hf_repeats)
-            ]
-            row[f"hf_{name}_seconds"] = measure.spread(hf, 2)
-            row[f"times_hf_{name}"] = round(
-                measure.spread(hf)["median"] / measure.spread(ours)["median"], 2
-            )
+    for name, seconds in peers.items():
+        if seconds:
+            row[f"hf_{name}_seconds"] = hf = measure.spread(seconds, 2)
+            row[f"times_hf_{name}"] = round(hf["median"] / ours["median"], 2)
     return row
+
+
+def _thoughts(
+    engine: Engine, root: Branch, seed: int, args: argparse.Namespace
+) -> tuple[float, float]:
+    """Seconds of one run, and percent of them outside forward passes."""
+    search = TreeOfThought(
+        width=WIDTH, breadth=WIDTH ** (DEPTH - 1), max_depth=DEPTH, seed=seed,
+        tokens_per_node=args.thought_tokens,
+        sampling=SamplingParams(temperature=1.0, ignore_eos=True),
+    )  # fmt: skip
+    clock = ForwardClock()
+    with clock.running():
+        start = time.perf_counter()
+        result = engine.search(root, search).wait()
+        seconds = time.perf_counter() - start
+    if result.nodes != GENERATIONS:
+        raise InvalidArgument(f"expected {GENERATIONS} thoughts, the search made {result}")
+    result.prune()
+    return seconds, 100.0 * (1.0 - clock.seconds / seconds)
 
 
 def _hf_seconds(model: Any, ids: Sequence[int], tokens: int, seed: int, at_once: bool) -> float:
