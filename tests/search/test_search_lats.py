@@ -123,6 +123,22 @@ def test_a_full_pool_ends_the_search_and_leaks_nothing():
         engine.check_integrity()
 
 
+def test_episodes_after_an_advance_begin_at_the_new_root():
+    engine = FakeEngine(9, eos=ENDLESS)
+    root = engine.prompt([1, 2])
+    search = make(episodes=2)
+    runner, state = Runner(engine, root, never), search.init(root)
+    search.tell(state, runner.run(search.ask(state, 3)))
+    child = state.tree.root.children[0]
+    search.advance(state, child)
+    while trials := search.ask(state, search.plan(state).trials):
+        search.tell(state, runner.run(trials))
+        runner.settle(state)
+    assert state.episode == 2
+    assert state.tree.root.parent is child
+    engine.check_integrity()
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

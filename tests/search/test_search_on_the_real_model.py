@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 from dendrite_engine import Budget
-from dendrite_engine.search import MCTS, BeamSearch, combine, keyword_coverage, mean_logprob
+from dendrite_engine.search import (
+    ABMCTS,
+    LATS,
+    MCTS,
+    PUCT,
+    BeamSearch,
+    Lookahead,
+    TreeOfThought,
+    check_contract,
+    combine,
+    keyword_coverage,
+    mean_logprob,
+)
 
 pytestmark = pytest.mark.model
 
@@ -87,5 +99,28 @@ def test_a_seeded_mcts_repeats_on_the_same_root_and_leaves_only_the_root(smollm2
         result.prune()
         assert set(smollm2.branches) == before
     assert runs[0] == runs[1]
+    root.prune()
+    smollm2.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        MCTS(
+            seed=1, width=4, parallel=2, max_depth=4, selection=PUCT(noise=0.25),
+            expansion="actions", actions=[" cat", " moon", " violin and", " a"],
+        ),
+        MCTS(seed=1, width=3, parallel=2, tokens_per_node=4, expansion="top_p", max_depth=4),
+        ABMCTS(seed=1, parallel=2, tokens_per_node=4, refine="\nBetter:"),
+        TreeOfThought(seed=1, width=2, tokens_per_node=4, max_depth=3, thought_stop=" "),
+        Lookahead(seed=1, width=2, tokens_per_node=3, max_depth=3),
+        LATS(seed=1, parallel=2, tokens_per_node=3, simulations=4, reflection_tokens=4),
+    ],
+    ids=lambda search: f"{search.name}-{search.expansion}",
+)  # fmt: skip
+def test_the_tree_algorithms_keep_their_contract_on_the_real_model(smollm2, search):
+    root = smollm2.prompt("A sentence with cat, moon and violin:")
+    value = combine(keyword_coverage(["cat", "moon", "violin"]), mean_logprob())
+    check_contract(search, root, value)
     root.prune()
     smollm2.check_integrity()

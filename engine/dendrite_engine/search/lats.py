@@ -143,6 +143,11 @@ class LATS(MCTS):
             written = () if outcome.lost else outcome.token_ids[len(trial.forced) :]
             self._begin_episode(episode, written)
 
+    def advance(self, state: MCTSState, node: Node) -> None:
+        """As MCTS; later episodes begin at the new root, too."""
+        super().advance(state, node)
+        self._own(state).start = node
+
     # -- episodes -------------------------------------------------------------------------------
 
     @staticmethod
