@@ -22,6 +22,8 @@ TITLES = {
     "first-token": "First token after a fork",
     "beam": "Beam search: prompt to result",
     "search": "Search: MCTS against greedy and best-of-N",
+    "search-overhead": "Search: what it costs besides the model, and against prefilling again",
+    "game24": "Search: the Game of 24",
     "gemm": "Matrix products of a decode step",
     "kv-formats": "Page formats: decode steps at a long context",
     "quality": "Page formats: what they cost",
@@ -52,6 +54,17 @@ beside what the beams would hold without sharing.""",
 solved: half). `words`: one sentence with four given words. Each method has 600 tokens (greedy needs
 fewer); best-of-N and MCTS rank by the same value. The settings were chosen on half of the twister's
 letters; the notebook 02_mcts_live shows both halves.""",
+    "search-overhead": """\
+`outside_percent`: time of a search that was not spent in forward passes (select, fork, sampling,
+evaluation, pruning, the hand-over between threads). `tree of thought`: 2 thoughts a node, 4 levels,
+all kept, 32 tokens each; `hf_one_by_one` and `hf_by_level`: the same tree by transformers'
+`generate`, a call for each thought or for each level, which prefills the whole text again. The
+machine did other work as well, so seconds are high and their ratio is rough.""",
+    "game24": """\
+Puzzles are made by the benchmark's seed. `greedy` and `best of N` (the verifier picks) write
+freely; the searches choose among legal moves, depth-first, a verifier looking one step ahead. `the
+same, model not asked` takes moves in the order of the rules: on this task a model of this size adds
+nothing to the search, whose time goes into ranking moves.""",
     "kv-formats": """\
 Every branch has a context of its own, so attention reads as much as it can. `times_first`: against
 fp32 pages in the same run.""",

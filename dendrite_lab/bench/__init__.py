@@ -23,10 +23,12 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
         "deterministic": "dendrite_lab.bench.gpu_deterministic:run",
         "first-token": "dendrite_lab.bench.first_token:run",
         "fork": "dendrite_lab.bench.fork:run",
+        "game24": "dendrite_lab.bench.game24_search:run",
         "gemm": "dendrite_lab.bench.gemm:run",
         "kv-formats": "dendrite_lab.bench.kv_formats:run",
         "memory": "dendrite_lab.bench.memory:run",
         "search": "dendrite_lab.bench.search:run",
+        "search-overhead": "dendrite_lab.bench.search_overhead:run",
         "tree": "dendrite_lab.bench.tree:run",
     },
 )

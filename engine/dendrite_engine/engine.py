@@ -249,7 +249,7 @@ class Engine(SavesBranches):
         self,
         branches: Sequence[Branch],
         tokens: Sequence[Sequence[int]],
-        logprobs: Sequence[Sequence[float]] | None = None,
+        logprobs: Sequence[Sequence[float] | None] | None = None,
     ) -> None:
         """`Branch.extend` for several branches; stops at the first that fails."""
         values = [None] * len(branches) if logprobs is None else list(logprobs)

@@ -31,6 +31,9 @@ def unit(*key: object) -> float:
 class FakeTokenizer:
     """Token n is the word `wn`; the end token is special."""
 
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return [int(word.removeprefix("w")) for word in text.split()]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         return " ".join(f"w{i}" for i in ids if not (skip_special and i == EOS))
 
@@ -50,7 +53,7 @@ class FakeBranch:
         self.label = ""
         if parent is not None:
             parent._num_forks += 1
-        self._tokens = tokens
+        self._ids = tokens
         self._logprobs: list[float | None] = [None] * len(tokens)
         self._pages: list[int] = []
 
@@ -61,12 +64,16 @@ class FakeBranch:
     @property
     def num_tokens(self) -> int:
         self.check()
-        return len(self._tokens)
+        return len(self._ids)
 
     @property
     def token_ids(self) -> list[int]:
         self.check()
-        return list(self._tokens)
+        return list(self._ids)
+
+    def _tokens(self, start: int) -> list[int]:
+        self.check()
+        return self._ids[start:]
 
     @property
     def logprobs(self) -> list[float | None]:
@@ -89,10 +96,10 @@ class FakeBranch:
         self.check()
         if n < 1:
             raise InvalidArgument(f"fork: n must be at least 1, got {n}")
-        return [self._fork(len(self._tokens) if at is None else at) for _ in range(n)]
+        return [self._fork(len(self._ids) if at is None else at) for _ in range(n)]
 
     def _fork(self, at: int) -> FakeBranch:
-        child = FakeBranch(self.engine, self, self._tokens[:at])
+        child = FakeBranch(self.engine, self, self._ids[:at])
         child._logprobs = self._logprobs[:at]
         child._pages = self._pages[: self.engine.pages_for(at)]
         self.engine.hold(child._pages)
@@ -104,14 +111,14 @@ class FakeBranch:
     def append(self, token_id: int, logprob: float | None) -> None:
         """One token; takes a page, or copies a shared partial one."""
         self.check()
-        engine, used = self.engine, len(self._tokens) % self.engine.config.page_size
+        engine, used = self.engine, len(self._ids) % self.engine.config.page_size
         if used and engine.refs[self._pages[-1]] > 1:
             fresh = engine.take_page()
             engine.drop([self._pages.pop()])
             self._pages.append(fresh)
         elif not used:
             self._pages.append(engine.take_page())
-        self._tokens.append(token_id)
+        self._ids.append(token_id)
         self._logprobs.append(logprob)
 
     def extend(self, tokens, logprobs=None) -> FakeBranch:
@@ -120,8 +127,8 @@ class FakeBranch:
         return self
 
     def rollback(self, n: int) -> int:
-        del self._tokens[-n:], self._logprobs[-n:]
-        keep = self.engine.pages_for(len(self._tokens))
+        del self._ids[-n:], self._logprobs[-n:]
+        keep = self.engine.pages_for(len(self._ids))
         gone, self._pages = self._pages[keep:], self._pages[:keep]
         return self.engine.drop(gone)
 
@@ -286,7 +293,8 @@ class FakeEngine:
     def draw(self, branch: FakeBranch, params: SamplingParams) -> tuple[int, float]:
         logprobs = self.logprobs_after(branch.token_ids)
         if params.temperature == 0:
-            token = max(range(len(logprobs)), key=lambda i: (logprobs[i], -i))
+            bias = params.logit_bias or {}
+            token = max(range(len(logprobs)), key=lambda i: (logprobs[i] + bias.get(i, 0.0), -i))
             return token, logprobs[token]
         weights = [math.exp(x / params.temperature) for x in logprobs]
         seed = self.config.seed if params.seed is None else params.seed

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 from search_fakes import FakeEngine
 
-from dendrite_engine.search import SEARCHES, Budget, Outcome, Runner, start_search
+from dendrite_engine.errors import SearchError
+from dendrite_engine.search import (
+    MCTS,
+    SEARCHES,
+    Budget,
+    Outcome,
+    Runner,
+    check_contract,
+    start_search,
+)
 from dendrite_engine.search.base import Search
 
 # options that make a search small; an algorithm that is not listed runs with its defaults
 SMALL = {
+    "abmcts": {"width": 6, "max_depth": 3, "tokens_per_node": 3, "parallel": 3},
     "beam": {"width": 3, "max_tokens": 10},
     "best-of-n": {"n": 40, "max_tokens": 3, "parallel": 3},
     "diverse-beam": {"width": 4, "groups": 2, "max_tokens": 10},
@@ -22,6 +33,19 @@ SMALL = {
     "self-consistency": {"n": 40, "max_tokens": 3, "parallel": 3, "extract": ".+"},
     "stochastic-beam": {"width": 3, "max_tokens": 10},
     "weighted-vote": {"n": 40, "max_tokens": 3, "parallel": 3, "extract": ".+"},
+    "lats": {
+        "width": 3,
+        "tokens_per_node": 3,
+        "parallel": 3,
+        "simulations": 5,
+        "episodes": 50,
+        "reflect": "w8",
+        "reflection_tokens": 3,
+        "heading": "w7",
+        "resume": "w6 w5",
+    },
+    "lookahead": {"width": 3, "tokens_per_node": 1, "max_depth": 5},
+    "tot": {"width": 3, "tokens_per_node": 3, "max_depth": 4, "breadth": 2},
 }
 # searches whose nodes are tokens: a step makes more of them than it looks at
 BY_TOKENS = {"beam", "diverse-beam", "stochastic-beam"}
@@ -139,7 +163,7 @@ def test_the_order_and_the_repetition_of_outcomes_do_not_matter(name):
     search = make(name, seed=1)
     runner, state = drive(engine, engine.prompt([1, 2, 3]), search, 6, chaos)
     _, plain = drive(other, other.prompt([1, 2, 3]), search, 6)
-    if name != "mcts":  # MCTS numbers nodes in the order in which they are told
+    if name not in ("mcts", "lats"):  # MCTS numbers nodes in the order in which they are told
         assert picture(state) == picture(plain)
     assert sum(n.visits for n in state.tree.nodes) == sum(n.visits for n in plain.tree.nodes)
     owned = {n.branch_id for n in state.tree.nodes if n.branch is not None}
@@ -265,7 +289,7 @@ def test_branches_extended_or_rolled_back_by_somebody_else_do_not_mislead_the_se
         for token, logprob in zip(node.token_ids, node.logprobs, strict=True):
             before = [1, 2, 3, *tree.tokens(node.parent), *node.token_ids]
             index = node.start + node.token_ids.index(token)
-            if before.count(token) == 1:
+            if before.count(token) == 1 and not math.isnan(logprob):  # forced tokens have none
                 assert logprob == pytest.approx(engine.logprobs_after(before[:index])[token])
 
 
@@ -300,3 +324,76 @@ def test_options_that_may_change_live_are_options(name):
         assert hasattr(search, option)
         same = search.with_options(**{option: getattr(search, option)})
         assert same == search
+
+
+# -- the checks that users run ------------------------------------------------------------------
+
+
+@ALL
+def test_the_public_checks_pass(name):
+    engine = FakeEngine(9, eos=-1e9)
+    root = engine.prompt([1, 2, 3])
+    search = make(name, seed=2)
+    assert len(check_contract(search, root, evaluator_for(search))) == 4
+    assert engine.branches == [root]
+
+
+def hoarder():
+    """An MCTS that forgets to hand back branches of merged children."""
+
+    class Hoarder(MCTS):
+        def tell(self, state, results):
+            kept = [o.branch.fork()[0] for o in results if o.branch is not None]
+            super().tell(state, results)
+            state.notes += [("search", b.id, {}) for b in kept]
+
+    return Hoarder(seed=1, tokens_per_node=2)
+
+
+def gambler():
+    """One whose draws come from the process, not from the seed."""
+
+    class Gambler(MCTS):
+        def node_key(self, node, ordinal):
+            return random.SystemRandom().getrandbits(60)
+
+    return Gambler(seed=1, tokens_per_node=2)
+
+
+def spender():
+    """One that asks for more than it is allowed."""
+
+    class Spender(MCTS):
+        def ask(self, state, n):
+            return super().ask(state, 50 * n)
+
+    return Spender(seed=1, tokens_per_node=2, width=200)
+
+
+def parrot():
+    """One that counts a repeated outcome again."""
+
+    class Parrot(MCTS):
+        def tell(self, state, results):
+            for _ in results:
+                state.tree.root.visits += 1
+            super().tell(state, results)
+
+    return Parrot(seed=1, tokens_per_node=2)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (hoarder, "left branches"),
+        (gambler, "two different trees"),
+        (spender, "more than one batch"),
+        (parrot, "counts an outcome again"),
+        (lambda: MCTS(), "has no seed"),
+    ],
+)
+def test_the_public_checks_find_a_search_that_breaks_its_promises(broken, message):
+    engine = FakeEngine(9, eos=-1e9)
+    root = engine.prompt([1, 2, 3])
+    with pytest.raises(SearchError, match=message):
+        check_contract(broken(), root, lambda bs: [0.5] * len(bs))

@@ -267,3 +267,19 @@ def test_a_node_can_be_regrown_only_below_a_live_ancestor(engine):
     grandchild.branch.prune()
     root.prune()
     assert not runner.keeper.regrow(state.tree, grandchild)
+
+
+def test_a_branch_rolled_back_and_extended_by_somebody_else_is_not_forked(engine):
+    root = engine.prompt([1, 2, 3])
+    search = MCTS(tokens_per_node=3, width=4, parallel=1)
+    runner, state = Runner(engine, root, half), search.init(root)
+    search.tell(state, runner.run(search.ask(state, 1)))
+    node = state.tree.nodes[1]
+    node.branch.rollback(1)
+    other = next(t for t in range(1, 9) if t != node.token_ids[-1])
+    node.branch.extend([other])
+    trial = search.open_trial(state, "expand", node, params=SamplingParams(max_tokens=2))
+    look = search.open_trial(state, "look", node, k=2)
+    outcomes = runner.run([trial, look])
+    assert [o.finish_reason for o in outcomes] == ["stale", "stale"]
+    assert "no longer those of its node" in outcomes[0].error

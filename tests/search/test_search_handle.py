@@ -342,7 +342,7 @@ def test_a_search_without_a_budget_takes_the_algorithms_default(engine, root):
 @pytest.mark.parametrize(
     ("arguments", "error", "named"),
     [
-        ({"algorithm": "alphago"}, UnknownName, "beam, .*mcts"),
+        ({"algorithm": "alphago"}, UnknownName, "known: .*beam.*mcts"),
         ({"algorithm": 3}, InvalidArgument, "algorithm"),
         ({"algorithm": dict}, InvalidArgument, "algorithm"),
         ({"algorithm": "mcts", "widht": 3}, InvalidArgument, "widht"),

@@ -6,15 +6,21 @@ import pytest
 
 from dendrite_engine import Budget
 from dendrite_engine.search import (
+    ABMCTS,
     DVTS,
+    LATS,
     MCTS,
+    PUCT,
     REBASE,
     BeamSearch,
     BestOfN,
     DiverseBeam,
+    Lookahead,
     PRMBeam,
     SelfConsistency,
     StochasticBeam,
+    TreeOfThought,
+    check_contract,
     combine,
     keyword_coverage,
     mean_logprob,
@@ -200,3 +206,27 @@ def test_a_reward_model_in_a_second_engine_agrees_with_the_same_model_asked_in_p
         assert bound.tokens_computed() > 20
     for branch in (*forks, root):
         branch.prune()
+    smollm2.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        MCTS(
+            seed=1, width=4, parallel=2, max_depth=4, selection=PUCT(noise=0.25),
+            expansion="actions", actions=[" cat", " moon", " violin and", " a"],
+        ),
+        MCTS(seed=1, width=3, parallel=2, tokens_per_node=4, expansion="top_p", max_depth=4),
+        ABMCTS(seed=1, parallel=2, tokens_per_node=4, refine="\nBetter:"),
+        TreeOfThought(seed=1, width=2, tokens_per_node=4, max_depth=3, thought_stop=" "),
+        Lookahead(seed=1, width=2, tokens_per_node=3, max_depth=3),
+        LATS(seed=1, parallel=2, tokens_per_node=3, simulations=4, reflection_tokens=4),
+    ],
+    ids=lambda search: f"{search.name}-{search.expansion}",
+)  # fmt: skip
+def test_the_tree_algorithms_keep_their_contract_on_the_real_model(smollm2, search):
+    root = smollm2.prompt("A sentence with cat, moon and violin:")
+    value = combine(keyword_coverage(["cat", "moon", "violin"]), mean_logprob())
+    check_contract(search, root, value)
+    root.prune()
+    smollm2.check_integrity()

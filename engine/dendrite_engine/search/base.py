@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from dendrite_engine.errors import InvalidArgument
+from dendrite_engine.errors import InvalidArgument, SearchError
 from dendrite_engine.search.budget import BatchPlan, Budget
 from dendrite_engine.search.checks import flag, whole
 from dendrite_engine.search.tree import Node, Tree
@@ -57,6 +57,11 @@ class Trial:
         k: alternatives wanted (`look`, and `expand` with an `alternative`).
         key: key of the child's draws; `None` leaves it to the engine, which counts forks
             (`expand`).
+        forced: tokens that the child begins with, before those that are sampled; they don't count
+            against `params.max_tokens`. Without `params` the child ends with them (`expand`).
+        runs: what an `alternative` is a rank in, instead of the vocabulary: runs of tokens, which
+            the model ranks by likelihood where the node has no `candidates` yet (`expand`).
+        valued: the evaluator is asked about the child.
     """
 
     id: int
@@ -68,6 +73,9 @@ class Trial:
     rollout: SamplingParams | None = None
     k: int = 0
     key: int | None = None
+    forced: tuple[int, ...] = ()
+    runs: tuple[tuple[int, ...], ...] = ()
+    valued: bool = True
 
 
 @dataclass(slots=True)
@@ -82,8 +90,9 @@ class Outcome:
         finish_reason: why decoding ended; one of `LOST` when there is no child to keep.
         value: what the evaluator said; `None` when it was not asked.
         alternatives: most likely next tokens, best first (`look`).
-        tokens_used: tokens that the model decoded, rollout included.
+        tokens_used: tokens that the model decoded or was made to write, rollout included.
         error: what went wrong with this trial alone, as text.
+        text: what the model decoded for the child, forced tokens left out.
     """
 
     trial_id: int
@@ -95,6 +104,7 @@ class Outcome:
     alternatives: tuple[TokenAlternative, ...] = ()
     tokens_used: int = 0
     error: str | None = None
+    text: str = ""
 
     @property
     def lost(self) -> bool:
@@ -217,6 +227,22 @@ class Search(ABC, Generic[S]):
 
     def restored(self, state: S) -> None:
         """Called once after a state was read from a checkpoint: rebuild what is not stored."""
+
+    def check_advance(self, state: S, node: Node) -> None:  # noqa: ARG002
+        """Whether `node` can become the root; a search that can says so by not raising.
+
+        Raises:
+            SearchError: this search can't advance its root, or not to this node.
+        """
+        raise SearchError(f"{self.name} can't advance its root; MCTS can")
+
+    def advance(self, state: S, node: Node) -> None:
+        """Make `node` the root: the search goes on below it and keeps what it knows there.
+
+        Raises:
+            SearchError: see `check_advance`.
+        """
+        self.check_advance(state, node)
 
     def with_options(self, **changes: Any) -> Search[S]:
         """A copy with some options changed, checked as at construction.

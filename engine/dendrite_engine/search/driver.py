@@ -6,6 +6,7 @@ leaf shares each forward; the evaluator is then called once for the whole batch.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from dendrite_engine.errors import (
 )
 from dendrite_engine.search.base import ENDED, Outcome, Trial
 from dendrite_engine.search.evaluators import Evaluator, EvaluatorGuard, bind
-from dendrite_engine.search.keeper import BRANCH_ERRORS, BranchKeeper
+from dendrite_engine.search.keeper import BRANCH_ERRORS, BranchKeeper, held_by
+from dendrite_engine.search.likelihood import RunScorer
 from dendrite_engine.search.pressure import run_in_parts
 from dendrite_engine.search.shortage import Shortage
-from dendrite_engine.search.tree import Node
+from dendrite_engine.search.tree import Candidate, Node
 
 if TYPE_CHECKING:
     from dendrite_engine.engine import Engine
@@ -52,12 +54,22 @@ class Work:
 
     @property
     def params(self) -> SamplingParams:
-        """How to decode what is left of the child after its forced tokens."""
+        """How to decode what is left of the child after the tokens that it was begun with."""
         params = self.trial.params
         if params is None:
             raise SearchError(f"trial {self.trial.id} expands a node without sampling params")
-        forced = len(self.outcome.token_ids)
-        return params.replace(max_tokens=params.max_tokens - forced) if forced else params
+        begun = len(self.outcome.token_ids) - len(self.trial.forced)
+        return params.replace(max_tokens=params.max_tokens - begun) if begun else params
+
+    def begin(self, begun: Candidate, eos: frozenset[int]) -> None:
+        """Note the tokens that the child was begun with, and whether it ends with them."""
+        outcome, params = self.outcome, self.trial.params
+        outcome.token_ids, outcome.logprobs = begun
+        outcome.tokens_used += len(begun.token_ids)
+        if begun.token_ids[-1] in eos:
+            outcome.finish_reason = "eos"
+        elif params is None or len(begun.token_ids) - len(self.trial.forced) >= params.max_tokens:
+            outcome.finish_reason = "length"
 
     @property
     def unfinished(self) -> bool:
@@ -151,12 +163,13 @@ class Runner:
     def _run_part(self, works: Sequence[Work]) -> None:
         self._part = works
         self._look(works)
+        self._score(works)
         expanding = [w for w in works if w.trial.action == "expand" and w.unfinished]
         self._fork(expanding)
         self._begin(expanding)
         self._decode([w for w in expanding if w.unfinished])
         self._roll_out(expanding)
-        self._evaluate([w for w in works if w.trial.action != "look"])
+        self._evaluate([w for w in works if w.trial.action != "look" and w.trial.valued])
         for work in works:
             if work.rollout is not None:
                 self.keeper.prune(work.rollout)
@@ -200,6 +213,25 @@ class Runner:
             else:
                 work.trial.node.alternatives = answer
 
+    def _score(self, works: Sequence[Work]) -> None:
+        """Rank the runs that children are to begin with, of all nodes that don't know it yet."""
+        wanting = [w for w in works if w.trial.runs and w.trial.node.candidates is None]
+        if not wanting:
+            return
+        nodes = {w.trial.node.id: (w.trial.node, w.trial.runs) for w in wanting}
+        scorer = RunScorer(self.keeper, self._complete)
+        ranked = scorer.rank(list(nodes.values()))
+        for work in wanting:
+            # a node's scoring is the work of the first trial that wanted it
+            work.outcome.tokens_used = scorer.tokens_used.pop(work.trial.node.id, 0)
+            answer = ranked[work.trial.node.id]
+            if isinstance(answer, Exception):
+                work.fail(answer)
+            elif isinstance(answer, str):
+                work.outcome.finish_reason = answer
+            else:
+                work.trial.node.candidates = answer
+
     def _top_tokens(
         self, nodes: Sequence[Node], k: int
     ) -> dict[int, tuple[TokenAlternative, ...] | Exception]:
@@ -226,29 +258,34 @@ class Runner:
                 work.fail(error)
 
     def _begin(self, works: Sequence[Work]) -> None:
-        """Force the first token of children begun by rank."""
-        begun: list[tuple[Work, TokenAlternative]] = []
-        for work in works:
-            rank, known = work.trial.alternative, work.trial.node.alternatives
-            if rank is None or not work.unfinished:
-                continue
-            if rank < len(known):
-                begun.append((work, known[rank]))
-            else:  # a small vocabulary has no more
-                work.outcome.finish_reason = "no_alternative"
-        errors = self.keeper.extend([(w.branch, [a.token_id], [a.logprob]) for w, a in begun])
-        for (work, first), error in zip(begun, errors, strict=True):
-            if error is not None:
+        """Give children the tokens that they begin with: forced ones, or those of their rank."""
+        begun = [
+            (work, first)
+            for work in works
+            if work.unfinished and (first := self._beginning(work)) is not None
+        ]
+        errors = self.keeper.extend([(w.branch, *run) for w, run in begun])
+        for (work, run), error in zip(begun, errors, strict=True):
+            if error is None:
+                work.begin(run, self._eos)
+            else:
                 work.fail(error)
-                continue
-            last = work.params.max_tokens == 1
-            work.outcome.token_ids = (first.token_id,)
-            work.outcome.logprobs = (first.logprob,)
-            work.outcome.tokens_used = 1
-            if first.token_id in self._eos:
-                work.outcome.finish_reason = "eos"
-            elif last:
-                work.outcome.finish_reason = "length"
+
+    @staticmethod
+    def _beginning(work: Work) -> Candidate | None:
+        """What a child begins with; `None` where all of it is sampled, or its rank is too high."""
+        trial, rank = work.trial, work.trial.alternative
+        run = Candidate(trial.forced, (math.nan,) * len(trial.forced))
+        if rank is None:
+            return run if trial.forced else None
+        known = trial.node.candidates if trial.runs else trial.node.alternatives
+        if rank >= len(known or ()):  # a small vocabulary has no more
+            work.outcome.finish_reason = "no_alternative"
+            return None
+        chosen = (known or ())[rank]
+        if isinstance(chosen, Candidate):
+            return Candidate(run.token_ids + chosen.token_ids, run.logprobs + chosen.logprobs)
+        return Candidate((*run.token_ids, chosen.token_id), (*run.logprobs, chosen.logprob))
 
     def _decode(self, works: Sequence[Work]) -> None:
         """Decode all children in one job."""
@@ -259,6 +296,7 @@ class Runner:
             outcome.logprobs += tuple(completion.logprobs)
             outcome.tokens_used += len(completion.token_ids)
             outcome.finish_reason = completion.finish_reason
+            outcome.text = completion.text
             if completion.error is not None:
                 outcome.error = f"{type(completion.error).__name__}: {completion.error}"
 
@@ -366,16 +404,18 @@ class Runner:
 def _lacks_alternatives(trial: Trial) -> bool:
     """Whether a child is to begin with a rank that its node has not looked up."""
     known = len(trial.node.alternatives)
-    return trial.alternative is not None and trial.alternative >= known
+    return trial.alternative is not None and not trial.runs and trial.alternative >= known
 
 
 def _at_end(node: Node) -> Branch:
     """The node's branch, still ending where the node ends."""
-    if node.branch is None or node.branch.num_tokens != node.span[1]:
+    branch = held_by(node)
+    if branch.num_tokens != node.span[1]:
         raise StaleBranch(
-            f"branch {node.branch_id} was pruned or changed while its node was searched"
+            f"branch {branch.id} was extended to {branch.num_tokens} tokens while its node, which "
+            f"ends at {node.span[1]}, was searched"
         )
-    return node.branch
+    return branch
 
 
 def _ended(branch: Branch, reason: FinishReason, error: Exception | None = None) -> Completion:

@@ -209,6 +209,20 @@ class SearchHandle:
             raise SearchError("the root of a search can't be pruned out of it; stop() the search")
         return self._enqueue(lambda: self._session.drop(node))
 
+    def advance(self, branch: Branch | int) -> bool:
+        """Go on below a branch only, with what is known there; all else is pruned.
+
+        Returns:
+            Whether the search was still there to take it.
+
+        Raises:
+            InvalidArgument: the branch is not part of this search.
+            SearchError: the algorithm can't, or the branch is no longer below its root.
+        """
+        node = self._session.node_of(branch)
+        self._session.algorithm.check_advance(self._session.state, node)
+        return self._enqueue(lambda: self._session.advance(node))
+
     def boost(self, branch: Branch | int, amount: float) -> bool:
         """Add `amount` to the score by which a branch is picked (UCT units; negative to avoid it).
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
@@ -70,17 +72,12 @@ class BranchKeeper:
                 again must not.
 
         Raises:
-            StaleBranch: the branch was pruned, or rolled back behind the node's end.
+            StaleBranch: the branch was pruned, or no longer holds the node's tokens.
             BudgetExceeded: the engine holds `max_branches` already.
         """
-        branch, end = node.branch, node.span[1]
-        if branch is None:
-            raise StaleBranch(f"branch {node.branch_id} was pruned while its node was searched")
-        held, before = branch.num_tokens, None if counted else draws_of(branch)
-        if held < end:
-            raise StaleBranch(
-                f"branch {branch.id} was rolled back to {held} tokens; its node ends at {end}"
-            )
+        branch = held_by(node)
+        held, end = branch.num_tokens, node.span[1]
+        before = None if counted else draws_of(branch)
         fork = branch.fork(1)[0] if held == end else branch.fork(1, at=end)[0]
         if key is not None:
             # the engine's own key counts the forks of a branch, so a second search from the same
@@ -96,13 +93,18 @@ class BranchKeeper:
         return branch
 
     def extend(self, rows: Sequence[Growth]) -> list[Exception | None]:
-        """Append chosen tokens to branches; returns the error of each that could not take them."""
+        """Append chosen tokens to branches; returns the error of each that could not take them.
+
+        A token whose log-probability is NaN was forced, and has none in the branch.
+        """
         if not rows:
             return []
-        branches, tokens, logprobs = zip(*rows, strict=True)
         wanted = [b.num_tokens + len(t) if b.is_alive else 0 for b, t, _ in rows]
+        if any(_is_mixed(row) for row in rows):
+            return [self._extend_one(row, n) for row, n in zip(rows, wanted, strict=True)]
+        branches, tokens, logprobs = zip(*rows, strict=True)
         try:
-            self._engine.extend(branches, tokens, logprobs)
+            self._engine.extend(branches, tokens, [_known(row) for row in logprobs])
         except BRANCH_ERRORS:
             # the batch stopped at some branch; go on one by one with those that did not get theirs
             return [self._extend_one(row, n) for row, n in zip(rows, wanted, strict=True)]
@@ -112,7 +114,12 @@ class BranchKeeper:
         branch, tokens, logprobs = row
         try:
             if branch.num_tokens != wanted:
-                self._engine.extend([branch], [tokens], [logprobs])
+                start = 0
+                for forced, run in itertools.groupby(logprobs, math.isnan):
+                    values = list(run)
+                    part = tokens[start : start + len(values)]
+                    self._engine.extend([branch], [part], [None if forced else values])
+                    start += len(values)
         except BRANCH_ERRORS as error:
             return error
         return None
@@ -349,3 +356,37 @@ class BranchKeeper:
 def plain_worth(node: Node) -> float:
     """Worth of a node where no algorithm says otherwise; see `Search.worth`."""
     return node.value if node.visits else node.score or 0.0
+
+
+def held_by(node: Node) -> Branch:
+    """The node's branch, which still holds the node's tokens; it may go on after them.
+
+    Raises:
+        StaleBranch: it was pruned, or somebody else has changed it before the node's end.
+    """
+    branch, end = node.branch, node.span[1]
+    if branch is None:
+        raise StaleBranch(f"branch {node.branch_id} was pruned while its node was searched")
+    held = branch.num_tokens
+    if held < end:
+        raise StaleBranch(
+            f"branch {branch.id} was rolled back to {held} tokens; its node ends at {end}"
+        )
+    own = branch._tokens(node.start)[: len(node.token_ids)] if node.token_ids else []
+    if tuple(own) != node.token_ids:
+        raise StaleBranch(
+            f"branch {branch.id} was rolled back and extended: its tokens from {node.start} to "
+            f"{end} are no longer those of its node"
+        )
+    return branch
+
+
+def _known(logprobs: Sequence[float]) -> Sequence[float] | None:
+    """Log-probabilities of chosen tokens; `None` for a run of forced ones."""
+    return None if math.isnan(logprobs[0]) else logprobs
+
+
+def _is_mixed(row: Growth) -> bool:
+    """Whether some of the tokens were forced and some chosen."""
+    forced = [math.isnan(value) for value in row[2]]
+    return any(forced) and not all(forced)

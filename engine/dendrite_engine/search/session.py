@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dendrite_engine.errors import InvalidArgument
+from dendrite_engine.errors import InvalidArgument, SearchError
 from dendrite_engine.search.base import Outcome, Search
 from dendrite_engine.search.budget import Budget, Clock, Meter, Usage
 from dendrite_engine.search.driver import Runner, reason_of
@@ -332,6 +332,15 @@ class SearchSession:
         """Take a subtree out of the search; the root's own branch stays."""
         self.state.note("search", node, {"state": "steer", "verb": "prune"})
         self.algorithm.drop(self.state, node)
+
+    def advance(self, node: Node) -> None:
+        """Make a node the root of what is searched from here on."""
+        try:
+            self.algorithm.advance(self.state, node)
+        except SearchError as error:  # pruned since it was asked for
+            self.state.note("error", node, {"error": str(error)})
+        else:
+            self.state.note("search", node, {"state": "steer", "verb": "advance"})
 
     def boost(self, node: Node, amount: float) -> None:
         """Add to the score by which a node is picked."""

@@ -6,9 +6,10 @@ release that one) and the runner in `driver.py` makes it so after every batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from dendrite_engine.tree.branch import Branch
@@ -16,6 +17,23 @@ if TYPE_CHECKING:
 
 Status = Literal["open", "expanded", "terminal", "pruned"]
 STATUSES: tuple[Status, ...] = ("open", "expanded", "terminal", "pruned")
+
+
+class Candidate(NamedTuple):
+    """A run of tokens that a child may begin with.
+
+    Attributes:
+        token_ids: at least one.
+        logprobs: the model's natural log-probabilities of them; NaN where it wasn't asked.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the whole run."""
+        return math.fsum(self.logprobs)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -27,7 +45,7 @@ class Node:
         parent: node above, `None` for the root.
         children: nodes below, oldest first.
         token_ids: tokens of this node alone; kept when its branch is pruned.
-        logprobs: natural log-probabilities of `token_ids`.
+        logprobs: natural log-probabilities of `token_ids`; NaN for tokens that were forced.
         start: absolute position of the first token.
         depth: nodes between this one and the root, the root having 0.
         ordinal: which attempt of the parent made it (0-based): names the node by its path.
@@ -48,6 +66,9 @@ class Node:
         virtual: simulations under way at or below this node.
         exhausted: nothing is left to try at or below it.
         alternatives: most likely next tokens, when they were looked up.
+        square_sum: sum of the squares of the values that make up `value_sum`.
+        candidates: runs of tokens that children can begin with, likeliest first, where the search
+            gave such runs; `None` before they are known.
     """
 
     id: int
@@ -73,6 +94,8 @@ class Node:
     virtual: int = 0
     exhausted: bool = False
     alternatives: tuple[TokenAlternative, ...] = ()
+    square_sum: float = 0.0
+    candidates: tuple[Candidate, ...] | None = None
 
     @property
     def value(self) -> float:

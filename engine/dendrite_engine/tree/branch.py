@@ -246,10 +246,9 @@ class Branch:
         given.
         """
         self._check_alive()
-        return [
-            None if math.isnan(value) else float(value)
-            for value in self._core.logprobs(self._handle)
-        ]
+        # evaluators read long branches often: all values leave the array in one call
+        values = self._core.logprobs(self._handle).tolist()
+        return [value if value == value else None for value in values]
 
     @property
     def cum_logprob(self) -> float:
