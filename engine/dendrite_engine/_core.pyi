@@ -173,9 +173,7 @@ class TreeCore:
             InvalidArgument: no guesses, or the branch holds a single token.
             OutOfPages: the pages can't be had even by evicting.
         """
-    def adopt(
-        self, branch: int, draft: int, keep: int, logprobs: FloatArray, expected: int
-    ) -> int:
+    def adopt(self, branch: int, draft: int, keep: int, logprobs: FloatArray, expected: int) -> int:
         """Make a branch hold the first `keep` tokens of a draft, and end the draft.
 
         logprobs (float32[n], n <= keep) are those of the last n tokens kept. Returns 0 done, 2 the

@@ -11,6 +11,7 @@ from dendrite_engine.types import Completion, TokenAlternative, TokenEvent
 
 if TYPE_CHECKING:
     from dendrite_engine.sampling_params import SamplingParams
+    from dendrite_engine.speculation.base import Guessing
     from dendrite_engine.tree.branch import Branch
 
 EventCallback = Callable[[TokenEvent], None]
@@ -25,6 +26,7 @@ class Job:
         priority: higher runs first when not everything fits one step.
         top_k: how many next-token alternatives to report once logits are there.
         alternatives: those alternatives, one list per branch.
+        guessing: what guesses its tokens; None: they come one by one.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class Job:
         on_event: EventCallback | None = None,
         priority: int = 0,
         top_k: int = 0,
+        guessing: Guessing | None = None,
     ) -> None:
         self.branches = tuple(branches)
+        self.guessing = guessing
         self.params = params
         self.priority = priority
         self.top_k = top_k
