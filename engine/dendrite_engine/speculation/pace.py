@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _PRIOR_RIGHT, _PRIOR_TRIALS = 1.4, 2.0  # what a branch starts with: 7 of 10 guesses are right
 _MEMORY = 0.9  # weight of the past after each verified draft
+_MOST_TRIALS = 12.0  # what is remembered, so that a change of the text is noticed soon
 _LONGEST_REST = 64
 _REST_FOR_NOTHING = 4
 _LEAST_GAIN = 1.03
@@ -67,8 +68,10 @@ class Pace:
 
     def note(self, proposed: int, accepted: int) -> None:
         """A draft of one continuation with `proposed` tokens was verified."""
-        self._right = self._right * _MEMORY + accepted
-        self._trials = self._trials * _MEMORY + min(accepted + 1, proposed)
+        right = self._right * _MEMORY + accepted
+        trials = self._trials * _MEMORY + min(accepted + 1, proposed)
+        weight = min(1.0, _MOST_TRIALS / trials)
+        self._right, self._trials = right * weight, trials * weight
         if accepted == proposed:
             self._rest = 0
 

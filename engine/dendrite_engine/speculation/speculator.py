@@ -23,7 +23,12 @@ from dendrite_engine.forward import Flight
 from dendrite_engine.lanes import DecodingLane, LaneGroup
 from dendrite_engine.scheduler import Lane, Selection
 from dendrite_engine.speculation.base import DraftRequest, Guessing
-from dendrite_engine.speculation.constrained import keep_allowed
+from dendrite_engine.speculation.constrained import (
+    can_walk,
+    constraint_of,
+    keep_allowed,
+    masks_along,
+)
 from dendrite_engine.speculation.counts import Counts
 from dendrite_engine.speculation.pace import Pace
 from dendrite_engine.speculation.verdict import Path, Verdict, judge
@@ -204,7 +209,11 @@ class Speculator:
         for path in list(paths)[:width]:
             tokens = [int(token) for token in path[: request.limit]]
             bad = (i for i, token in enumerate(tokens) if not 0 <= token < self._decoder.vocab_size)
-            tokens = keep_allowed(lane.branch, tokens[: next(bad, len(tokens))])
+            tokens = tokens[: next(bad, len(tokens))]
+            if not self._is_async:
+                tokens = keep_allowed(lane.branch, tokens)
+            elif constraint_of(lane.branch) is not None:  # bitmasks of guesses are the host's
+                tokens = []
             if tokens and not any(other[: len(tokens)] == tokens for other in kept):
                 kept = [other for other in kept if tokens[: len(other)] != other]
                 kept.append(tokens)
@@ -246,8 +255,19 @@ class Speculator:
         every = group.take(places)
         if every.with_penalties:
             self._note_guessed(drafts, every)
+        self._mask(drafts, every)
         launch = self._decoder.begin(every, flight.logits, flight.rows, flight.held)
         return Verification(drafts, launch)
+
+    def _mask(self, drafts: Drafts, every: LaneGroup) -> None:
+        """Rows of branches with a constraint may only become what it allows there."""
+        words, row = -(-self._decoder.vocab_size // 32), 0
+        for path in drafts.paths:
+            constraint = constraint_of(drafts.group.lanes[path.place].branch)
+            if constraint is not None and can_walk(constraint):
+                for offset, mask in enumerate(masks_along(constraint, path.tokens, words)):
+                    every.settings.masks[row + offset] = mask
+            row += len(path.tokens) + 1
 
     @staticmethod
     def _note_guessed(drafts: Drafts, every: LaneGroup) -> None:
