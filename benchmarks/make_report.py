@@ -21,6 +21,7 @@ TITLES = {
     "tree": "Tree decode: many branches on one prefix",
     "first-token": "First token after a fork",
     "search": "Search: MCTS against greedy and best-of-N",
+    "spec": "Speculative decoding: guessed tokens against plain decoding",
     "gemm": "Matrix products of a decode step",
     "kv-formats": "Page formats: decode steps at a long context",
     "quality": "Page formats: what they cost",
@@ -47,6 +48,10 @@ step of the same number of branches.""",
 solved: half). `words`: one sentence with four given words. Each method has 600 tokens (greedy needs
 fewer); best-of-N and MCTS rank by the same value. The settings were chosen on half of the twister's
 letters; the notebook 02_mcts_live shows both halves.""",
+    "spec": """\
+Every way gives the very tokens of plain decoding; the benchmark fails otherwise. One branch is
+greedy, several are drawn at temperature 0.3. `passes`: forward passes of the last repeat,
+`proposed` and `accepted`: its guessed tokens, counted over all paths of a tree.""",
     "kv-formats": """\
 Every branch has a context of its own, so attention reads as much as it can. `times_first`: against
 fp32 pages in the same run.""",
@@ -60,6 +65,13 @@ only, `fp32/tq4`: V only. `needle`: codes of five digits found again in 256 and 
 relative L2 error of the attention output, mean over layers, for the same K and V.""",
     "gemm": "SmolLM2-135M's matrices, fp32: weights packed once, and plain `torch` calls.",
 }
+
+
+ACCEPTANCE = """\
+Probability that a sampled guess of a draft model is kept, computed from both models' distributions,
+mean over the positions of a text. The draft models are the model without some of its layers.
+`same_draws` keeps plain decoding's tokens, `rejection` only their distribution.
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -105,6 +117,8 @@ def section(report: dict[str, Any]) -> str:
     lines.append(table(quality_rows(report) if name == "quality" else report["rows"]))
     if name == "quality":
         lines.insert(1, f"Text: {report['text']}.\n")
+    if report.get("acceptance"):
+        lines += [ACCEPTANCE, table(report["acceptance"])]
     if report.get("peers"):
         lines += ["Peers, same run:\n", table(report["peers"])]
     return "\n".join(lines)

@@ -27,6 +27,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
         "kv-formats": "dendrite_lab.bench.kv_formats:run",
         "memory": "dendrite_lab.bench.memory:run",
         "search": "dendrite_lab.bench.search:run",
+        "spec": "dendrite_lab.bench.spec:run",
         "tree": "dendrite_lab.bench.tree:run",
     },
 )

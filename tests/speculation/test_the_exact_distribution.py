@@ -82,7 +82,9 @@ def test_the_limit_is_that_of_the_chi_square_distribution():
     assert 0 <= over <= 20
 
 
-@pytest.mark.parametrize("how", ["plain", "tree of noise", "draft model", "tree of a draft model"])
+@pytest.mark.parametrize(
+    "how", ["plain", "tree of noise", "draft model", "tree of a draft model", "rejection"]
+)
 def test_pairs_come_with_their_exact_probabilities(make_engine, pairs, how):
     assert sum(pairs.values()) == pytest.approx(1)
     engine = make_engine(debug=False, num_pages=4000)
@@ -92,6 +94,7 @@ def test_pairs_come_with_their_exact_probabilities(make_engine, pairs, how):
         "tree of noise": Scripted(noise(1, 250)),
         "draft model": DraftModel(draft, tokens=2, adaptive=False),
         "tree of a draft model": DraftModel(draft, tokens=2, width=3, adaptive=False),
+        "rejection": DraftModel(draft, tokens=3, adaptive=False, rejection=True),
     }[how]
     assert statistic(draw(engine, speculate), pairs) < chi_square_limit(len(pairs) - 1)
     assert how == "plain" or engine.stats().speculation.total.proposed > BRANCHES

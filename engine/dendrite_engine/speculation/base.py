@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from dendrite_engine.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -15,6 +17,40 @@ if TYPE_CHECKING:
 
 MAX_DRAFT_TOKENS = 64
 MAX_WIDTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Chances:
+    """A distribution that a guess was drawn from.
+
+    Attributes:
+        ids: tokens with a probability, distinct, i64 [n].
+        values: their probabilities, f64 [n]; they add up to 1.
+    """
+
+    ids: np.ndarray
+    values: np.ndarray
+
+    def at(self, token: int) -> float:
+        """Probability of one token."""
+        return float(self.values[self.ids == token].sum())
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """Probability of each of these tokens, f64 [m]."""
+        order = np.argsort(self.ids)
+        place = np.minimum(np.searchsorted(self.ids[order], ids), len(order) - 1)
+        found = self.ids[order][place] == ids
+        return np.where(found, self.values[order][place], 0.0)
+
+
+class SampledPath(list[int]):
+    """A continuation whose tokens were drawn from known distributions, one each in `chances`: it is
+    verified by rejection.
+    """
+
+    def __init__(self, tokens: Sequence[int], chances: Sequence[Chances]) -> None:
+        super().__init__(tokens)
+        self.chances = tuple(chances)
 
 
 @dataclass(frozen=True, slots=True)

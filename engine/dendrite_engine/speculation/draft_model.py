@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dendrite_engine.errors import DendriteError, InvalidArgument
-from dendrite_engine.speculation.base import DraftRequest, Proposer, Speculation
+from dendrite_engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from dendrite_engine.speculation.base import (
+    Chances,
+    DraftRequest,
+    Proposer,
+    SampledPath,
+    Speculation,
+)
 
 if TYPE_CHECKING:
     from dendrite_engine.engine import Engine
     from dendrite_engine.models.config import ModelConfig
-    from dendrite_engine.sampling_params import SamplingParams
     from dendrite_engine.tree.branch import Branch
 
 
@@ -34,6 +42,9 @@ class DraftModel(Speculation):
         width: continuations of a branch at most: that many of the draft model's likeliest next
             tokens, each continued; more than 1 makes a tree.
         adaptive: shorten guesses, down to none, where they are seldom right.
+        rejection: verify sampled guesses by rejection (see `speculation.rejection`): more of them
+            are kept, and the tokens have the distribution of plain decoding, but are others. At
+            temperature 0 it makes no difference. Needs width 1, and an engine on the CPU path.
         cost: a draft step as a share of a step of the verified model; None: the models' sizes.
 
     Raises:
@@ -44,6 +55,7 @@ class DraftModel(Speculation):
     tokens: int = 5
     width: int = 1
     adaptive: bool = True
+    rejection: bool = False
     cost: float | None = None
 
     def __post_init__(self) -> None:
@@ -51,8 +63,19 @@ class DraftModel(Speculation):
         if self.cost is not None and not 0 <= self.cost <= 1:
             raise InvalidArgument(f"DraftModel.cost must be in 0..1, got {self.cost!r}")
 
+        if self.rejection and self.width > 1:
+            raise InvalidArgument(
+                f"DraftModel.rejection verifies chains: width must be 1, got {self.width}. Trees "
+                "are verified by plain decoding's draws (rejection=False)"
+            )
+
     def check(self, engine: Engine) -> None:
         """See Speculation.check."""
+        if self.rejection and not engine.report()["device"].startswith("cpu:"):
+            raise InvalidArgument(
+                "DraftModel.rejection reads whole distributions on the host, which the device path "
+                "does not offer; leave it False there"
+            )
         if engine is self.engine:
             raise InvalidArgument(
                 "DraftModel.engine is the engine that it is to draft for; make a second one"
@@ -73,7 +96,7 @@ class DraftModel(Speculation):
 
     def start(self) -> Proposer:
         """See Speculation.start."""
-        return _Drafter(self.engine, self.width)
+        return _Drafter(self.engine, self.width, self.rejection)
 
 
 def _step_weights(config: ModelConfig) -> int:
@@ -95,8 +118,8 @@ class _Mirror:
 class _Drafter:
     """Keeps a mirror of every branch and generates on all of them at once."""
 
-    def __init__(self, engine: Engine, width: int) -> None:
-        self._engine, self._width = engine, width
+    def __init__(self, engine: Engine, width: int, rejection: bool) -> None:
+        self._engine, self._width, self._rejection = engine, width, rejection
         self._mirrors: dict[int, _Mirror] = {}
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[list[list[int]]]:
@@ -144,7 +167,10 @@ class _Drafter:
     def _generate(self, requests: Sequence[DraftRequest]) -> list[list[list[int]]]:
         """Continuations of each request from its mirror: the drawn one, then the others."""
         mirrors = [self._mirrors[request.key] for request in requests]
-        if self._width == 1:
+        paths: Sequence[list[list[int]]]
+        if self._rejection and any(r.params.temperature > 0 for r in requests):
+            paths = self._sample([m.branch for m in mirrors], requests)
+        elif self._width == 1:
             trunks = self._run([m.branch for m in mirrors], [_params(r, r.limit) for r in requests])
             paths = [[trunk] for trunk in trunks]
         else:
@@ -152,6 +178,29 @@ class _Drafter:
         for mirror, found in zip(mirrors, paths, strict=True):
             mirror.tokens += found[0]
         return paths
+
+    def _sample(
+        self, branches: Sequence[Branch], requests: Sequence[DraftRequest]
+    ) -> list[list[list[int]]]:
+        """Chains, with the distributions that their tokens are drawn from: the draft model's
+        likeliest tokens at the request's temperature. Greedy requests need none.
+        """
+        params = [_known_distribution(request) for request in requests]
+        temperatures = {b.id: p.temperature for b, p in zip(branches, params, strict=True)}
+        tokens: dict[int, list[int]] = {branch.id: [] for branch in branches}
+        chances: dict[int, list[Chances]] = {branch.id: [] for branch in branches}
+        for event in self._engine.generate(branches, params):
+            if event.token_id is not None:
+                tokens[event.branch.id].append(event.token_id)
+                if temperature := temperatures[event.branch.id]:
+                    ids = np.array([other.token_id for other in event.top], np.int64)
+                    logits = np.array([other.logprob for other in event.top]) / temperature
+                    weights = np.exp(logits - logits.max())
+                    chances[event.branch.id].append(Chances(ids, weights / weights.sum()))
+        return [
+            [SampledPath(tokens[b.id], chances[b.id]) if temperatures[b.id] else tokens[b.id]]
+            for b in branches
+        ]
 
     def _generate_trees(
         self, mirrors: Sequence[_Mirror], requests: Sequence[DraftRequest]
@@ -202,6 +251,16 @@ def _params(request: DraftRequest, count: int) -> SamplingParams:
     return request.params.replace(
         max_tokens=count, ignore_eos=True, stop=(), stop_token_ids=(), logprobs=0, seed=request.seed
     )
+
+
+def _known_distribution(request: DraftRequest) -> SamplingParams:
+    """Parameters under which the reported alternatives are all that can be drawn."""
+    params = request.params
+    most = min(params.top_k or MAX_LOGPROBS, MAX_LOGPROBS)
+    return SamplingParams(
+        temperature=params.temperature, top_k=most, logprobs=most, seed=request.seed,
+        max_tokens=request.limit, ignore_eos=True,
+    )  # fmt: skip
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -22,7 +22,7 @@ from dendrite_engine.errors import OutOfPages, StaleBranch
 from dendrite_engine.forward import Flight
 from dendrite_engine.lanes import DecodingLane, LaneGroup
 from dendrite_engine.scheduler import Lane, Selection
-from dendrite_engine.speculation.base import DraftRequest, Guessing
+from dendrite_engine.speculation.base import Chances, DraftRequest, Guessing, SampledPath
 from dendrite_engine.speculation.constrained import (
     can_walk,
     constraint_of,
@@ -75,6 +75,7 @@ class Verification:
 
     drafts: Drafts
     launch: Launch
+    flight: Flight
 
 
 class Speculator:
@@ -148,7 +149,7 @@ class Speculator:
                 handle = self._lay(lane, tokens) if len(tokens) + 1 <= room else None
                 if handle is not None:
                     room -= len(tokens) + bool(laid)  # each further path repeats the last token
-                    laid.append(Path(place, handle, tuple(tokens)))
+                    laid.append(Path(place, handle, tuple(tokens), _chances(tokens)))
             paths += laid or [Path(place, int(group.handles[place]), ())]
         if not self._open:
             return None
@@ -214,6 +215,8 @@ class Speculator:
                 tokens = keep_allowed(lane.branch, tokens)
             elif constraint_of(lane.branch) is not None:  # bitmasks of guesses are the host's
                 tokens = []
+            if chances := getattr(path, "chances", ()):
+                tokens = SampledPath(tokens, chances[: len(tokens)])
             if tokens and not any(other[: len(tokens)] == tokens for other in kept):
                 kept = [other for other in kept if tokens[: len(other)] != other]
                 kept.append(tokens)
@@ -257,7 +260,7 @@ class Speculator:
             self._note_guessed(drafts, every)
         self._mask(drafts, every)
         launch = self._decoder.begin(every, flight.logits, flight.rows, flight.held)
-        return Verification(drafts, launch)
+        return Verification(drafts, launch, flight)
 
     def _mask(self, drafts: Drafts, every: LaneGroup) -> None:
         """Rows of branches with a constraint may only become what it allows there."""
@@ -297,7 +300,7 @@ class Speculator:
         Returns what is to be reported, in this order; `left` of the group is up to date.
         """
         drafts = verification.drafts
-        verdicts = judge(drafts.paths, verification.launch)
+        verdicts = judge(drafts.paths, verification.launch, verification.flight)
         for verdict in verdicts:
             self._settle(drafts, verdict)
         self._append_last(drafts.group, verdicts)
@@ -365,3 +368,7 @@ class Speculator:
             if code:
                 self._decoder.refuse(refused, group, verdict.place, code)
         return [*done, refused] if refused.refused else done
+
+
+def _chances(tokens: Sequence[int]) -> tuple[Chances, ...]:
+    return tokens.chances if isinstance(tokens, SampledPath) else ()

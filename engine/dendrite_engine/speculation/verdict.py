@@ -9,6 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dendrite_engine.decoding import Launch
+from dendrite_engine.forward import Flight
+from dendrite_engine.speculation.base import Chances
+from dendrite_engine.speculation.rejection import follow, logprob_of
 
 
 class Path(NamedTuple):
@@ -18,11 +21,13 @@ class Path(NamedTuple):
         place: of the lane in its group.
         handle: of a draft, or of the branch itself where there are no guesses.
         tokens: the guesses.
+        chances: what they were drawn from, where they are verified by rejection.
     """
 
     place: int
     handle: int
     tokens: tuple[int, ...]
+    chances: tuple[Chances, ...] = ()
 
 
 @dataclass(slots=True)
@@ -67,14 +72,18 @@ class Verdict:
         self.logprobs = self.logprobs[: self.num_guessed]
 
 
-def judge(paths: Sequence[Path], launch: Launch) -> list[Verdict]:
+def judge(paths: Sequence[Path], launch: Launch, flight: Flight) -> list[Verdict]:
     """One verdict for each lane, in the order of their places.
 
     Args:
         paths: of all lanes, those of a lane behind each other.
         launch: what was drawn from the rows, a path's last known token first, then its guesses.
+        flight: the pass that computed them.
     """
     tokens, logprobs = launch.tokens.wait()
+    if any(path.chances for path in paths):
+        tokens, logprobs = tokens.copy(), logprobs.copy()
+        _reject(paths, launch, flight, tokens, logprobs)
     top = None if launch.top is None else launch.top.wait()
     places = {row: i for i, row in enumerate(launch.group.with_top)}
     first_rows = np.cumsum([0, *(len(path.tokens) + 1 for path in paths)]).tolist()
@@ -96,6 +105,29 @@ def judge(paths: Sequence[Path], launch: Launch) -> list[Verdict]:
             verdict.tokens, verdict.logprobs = verdict.tokens[:-1], verdict.logprobs[:-1]
         verdicts.append(verdict)
     return verdicts
+
+
+def _reject(
+    paths: Sequence[Path],
+    launch: Launch,
+    flight: Flight,
+    tokens: np.ndarray,
+    logprobs: np.ndarray,
+) -> None:
+    """Put what rejection decides where the drawn tokens were, so that both are followed alike."""
+    batch = launch.group.settings.batch(launch.held)
+    first = 0
+    for path in paths:
+        if path.chances:
+            kept, instead = follow(
+                path.tokens, path.chances, flight.logits, flight.rows, batch, first, launch.held,
+                launch.group.lanes[first].sampler,
+            )  # fmt: skip
+            found = [*path.tokens[:kept], *([] if instead is None else [instead])]
+            for row, token in enumerate(found, start=first):
+                tokens[row] = token
+                logprobs[row] = logprob_of(flight.logits[int(flight.rows[row])].numpy(), token)
+        first += len(path.tokens) + 1
 
 
 def _follow(paths: list[tuple[Path, int]], tokens: np.ndarray) -> tuple[list[int], Path]:
