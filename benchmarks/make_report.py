@@ -51,7 +51,9 @@ letters; the notebook 02_mcts_live shows both halves.""",
     "spec": """\
 Every way gives the very tokens of plain decoding; the benchmark fails otherwise. One branch is
 greedy, several are drawn at temperature 0.3. `passes`: forward passes of the last repeat,
-`proposed` and `accepted`: its guessed tokens, counted over all paths of a tree.""",
+`proposed` and `accepted`: its guessed tokens, counted over all paths of a tree. A run of one repeat
+beside other work on the same cores has exact counts but rough rates: where no guess was accepted,
+`times_plain` shows how rough.""",
     "kv-formats": """\
 Every branch has a context of its own, so attention reads as much as it can. `times_first`: against
 fp32 pages in the same run.""",

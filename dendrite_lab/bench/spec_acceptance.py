@@ -24,7 +24,7 @@ _SKIPPED = 16  # first positions, where no model knows much
 def acceptance(model: str, tokens: int = 160) -> list[dict[str, Any]]:
     """One row for each draft model and temperature: mean probabilities that a guess is kept.
 
-    `rejection`: sampled and verified by rejection, sum of min(p, q); no scheme can keep more.
+    `rejection`: sampled and verified by rejection, sum of min(p, q): the most for sampled ones.
     `same_draws`: drawn with the random numbers that the model will use. `likeliest`: the draft's
     most likely token, p(argmax q).
     """

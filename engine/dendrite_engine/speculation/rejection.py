@@ -3,8 +3,8 @@
 A guess g that was drawn from a distribution q is kept with probability min(1, p(g) / q(g)), p being
 what the model's next token is drawn from; where it is not, the token is drawn from what is left of
 p, max(p - q, 0) normalised (Leviathan et al. 2023, algorithm 1; Chen et al. 2023). That keeps as
-many guesses as any scheme can, sum of min(p, q), while comparing with plain decoding's own draw
-keeps fewer the hotter the distribution is (`dendrite-lab bench spec` has numbers).
+many guesses drawn from q as any scheme can, sum of min(p, q), while comparing with plain decoding's
+own draw keeps fewer the hotter the distribution is (`dendrite-lab bench spec` has numbers).
 
 Both decisions have random numbers of their own, keyed by position like all others, so a run can be
 repeated. A guess that was dropped unseen, behind one that was refused, has had no influence on
