@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
-BENCHMARKS ?= fork memory tree first-token search gemm
+BENCHMARKS ?= fork memory tree first-token search gemm spec
 # GPU kernels: AUTO builds them when nvcc is there (a GPU isn't needed), ON insists, OFF doesn't.
 CUDA ?= AUTO
 CUDA_ARCHS ?= 80,90a,100,120

@@ -24,6 +24,7 @@ TITLES = {
     "search": "Search: MCTS against greedy and best-of-N",
     "search-overhead": "Search: what it costs besides the model, and against prefilling again",
     "game24": "Search: the Game of 24",
+    "spec": "Speculative decoding: guessed tokens against plain decoding",
     "gemm": "Matrix products of a decode step",
     "kv-formats": "Page formats: decode steps at a long context",
     "quality": "Page formats: what they cost",
@@ -65,6 +66,12 @@ Puzzles are made by the benchmark's seed. `greedy` and `best of N` (the verifier
 freely; the searches choose among legal moves, depth-first, a verifier looking one step ahead. `the
 same, model not asked` takes moves in the order of the rules: on this task a model of this size adds
 nothing to the search, whose time goes into ranking moves.""",
+    "spec": """\
+Every way gives the very tokens of plain decoding; the benchmark fails otherwise. One branch is
+greedy, several are drawn at temperature 0.3. `passes`: forward passes of the last repeat,
+`proposed` and `accepted`: its guessed tokens, counted over all paths of a tree. A run of one repeat
+beside other work on the same cores has exact counts but rough rates: where no guess was accepted,
+`times_plain` shows how rough.""",
     "kv-formats": """\
 Every branch has a context of its own, so attention reads as much as it can. `times_first`: against
 fp32 pages in the same run.""",
@@ -78,6 +85,13 @@ only, `fp32/tq4`: V only. `needle`: codes of five digits found again in 256 and 
 relative L2 error of the attention output, mean over layers, for the same K and V.""",
     "gemm": "SmolLM2-135M's matrices, fp32: weights packed once, and plain `torch` calls.",
 }
+
+
+ACCEPTANCE = """\
+Probability that a sampled guess of a draft model is kept, computed from both models' distributions,
+mean over the positions of a text. The draft models are the model without some of its layers.
+`same_draws` keeps plain decoding's tokens, `rejection` only their distribution.
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -123,6 +137,8 @@ def section(report: dict[str, Any]) -> str:
     lines.append(table(quality_rows(report) if name == "quality" else report["rows"]))
     if name == "quality":
         lines.insert(1, f"Text: {report['text']}.\n")
+    if report.get("acceptance"):
+        lines += [ACCEPTANCE, table(report["acceptance"])]
     if report.get("peers"):
         lines += ["Peers, same run:\n", table(report["peers"])]
     return "\n".join(lines)

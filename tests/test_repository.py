@@ -30,6 +30,8 @@ LAYERS = (
     ("lanes",),
     ("ahead",),
     ("decoding", "forward"),
+    ("speculation",),
+    ("step",),
     ("loop",),
     ("build", "requests", "snapshots"),
     ("engine",),

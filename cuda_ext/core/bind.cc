@@ -101,6 +101,17 @@ NumpyArray<uint8_t> append_batch(PyCore& self, nb::handle branches, nb::handle t
       lengths ? lengths->data() : nullptr, ids.size()));
 }
 
+int64_t draft(PyCore& self, int64_t branch, nb::handle tokens) {
+  ArrayArg<int32_t> ids(tokens, "tokens");
+  return self.core->draft(branch, ids.data(), ids.size());
+}
+
+int adopt(PyCore& self, int64_t branch, int64_t draft, int64_t keep, nb::handle logprobs,
+          int64_t expected) {
+  ArrayArg<float> values(logprobs, "logprobs");
+  return self.core->adopt(branch, draft, keep, values.data(), values.size(), expected);
+}
+
 nb::object plan(PyCore& self, nb::handle branches, nb::handle quotas) {
   ArrayArg<int64_t> handles(branches, "branches");
   ArrayArg<int32_t> limits(quotas, "quotas");
@@ -227,6 +238,9 @@ void bind_writing(nb::class_<PyCore>& cls) {
            "branch"_a, "n"_a, docs::kRollback)
       .def("prune", [](PyCore& s, int64_t b) { return s.core->prune(b); }, "branch"_a,
            docs::kPrune)
+      .def("draft", &draft, "branch"_a, "tokens"_a.none(), docs::kDraft)
+      .def("adopt", &adopt, "branch"_a, "draft"_a, "keep"_a, "logprobs"_a.none(), "expected"_a,
+           docs::kAdopt)
       .def("evict", [](PyCore& s, int64_t n) { return s.core->evict(n); }, "n"_a, docs::kEvict)
       .def("plan", &plan, "branches"_a.none(), "quotas"_a.none(), docs::kPlan)
       .def("debug_events", &debug_events, docs::kDebugEvents)

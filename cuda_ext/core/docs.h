@@ -33,6 +33,14 @@ inline constexpr const char* kRollback =
 inline constexpr const char* kPrune =
     "End a branch; returns the pages released (no longer live: free, or cached if retained).\n\n"
     "O(pages released).";
+inline constexpr const char* kDraft =
+    "A handle to the tokens of a branch (at least 2) with guessed `tokens` (int32[n], n >= 1) behind\n"
+    "them. The branch's last token and the guesses are computed in pages of the draft's own, so one\n"
+    "pass computes all of them and the branch never holds a guess. Raises OutOfPages. O(n).";
+inline constexpr const char* kAdopt =
+    "Make a branch hold the first `keep` tokens of a draft, and end the draft; returns 0 done,\n"
+    "2 stale, 3 changed: the branch does not hold the `expected` number of tokens. Where it is not\n"
+    "0, nothing changed. logprobs (float32[n]) are those of the last n tokens kept.";
 inline constexpr const char* kNumTokens = "Tokens of the branch. O(1).";
 inline constexpr const char* kNumComputed =
     "Tokens, from the first one on, whose K and V are in pages.";

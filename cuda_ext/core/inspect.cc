@@ -150,7 +150,7 @@ std::vector<std::pair<const char*, int64_t>> TreeCore::stats() const {
   const PagePool& pool = tree_.pool;
   const Counters& c = tree_.counters;
   int64_t branches = 0;
-  for (const Slot& slot : slots_) branches += slot.tail != nullptr;
+  for (const Slot& slot : slots_) branches += slot.tail && !slot.is_draft;
   return {{"pages_total", pool.num_pages()},
           {"pages_free", pool.num_free()},
           {"pages_live", pool.num_pages() - pool.num_free() - tree_.index.num_cached()},

@@ -94,6 +94,13 @@ Handle TreeCore::new_handle(Segment* tail) {
   return static_cast<Handle>(slots_[slot].generation) << 32 | slot;
 }
 
+void TreeCore::retire(uint32_t slot) {
+  slots_[slot].tail = nullptr;
+  slots_[slot].is_draft = false;
+  // A slot whose generations are used up stays unused: a handle is never valid again.
+  if (++slots_[slot].generation < 0x7fffffffu) free_slots_.push_back(slot);
+}
+
 std::pair<Handle, int32_t> TreeCore::create(const int32_t* tokens, size_t count,
                                             const std::string& name) {
   if (count == 0) throw EmptyPromptError("tokens is empty: a prompt has at least one token");
@@ -191,13 +198,11 @@ int64_t TreeCore::rollback(Handle branch, int64_t count) {
 
 int64_t TreeCore::prune(Handle branch) {
   Lock lock(mutex_);
-  Slot& slot = slot_of(branch);
+  const Slot slot = slot_of(branch);
   const int64_t before = tree_.num_released;
-  Segment* tail = std::exchange(slot.tail, nullptr);
-  // A slot whose generations are used up is retired: a handle is never valid again.
-  if (++slot.generation < 0x7fffffffu) free_slots_.push_back(static_cast<uint32_t>(branch));
-  tree_.release(tail);
-  ++tree_.counters.prunes;
+  retire(static_cast<uint32_t>(branch));
+  tree_.release(slot.tail);
+  tree_.counters.prunes += !slot.is_draft;
   return tree_.num_released - before;
 }
 

@@ -77,6 +77,12 @@ class TreeCore {
   int64_t rollback(Handle branch, int64_t count);
   int64_t prune(Handle branch);
 
+  // Guessed tokens behind a branch (drafts.cc). `prune` ends a draft that is not adopted.
+  Handle draft(Handle branch, const int32_t* tokens, size_t count);
+  // Status as in append_batch: 0 done, 2 stale, 3 changed.
+  uint8_t adopt(Handle branch, Handle draft, int64_t keep, const float* logprobs, size_t count,
+                int64_t expected);
+
   int32_t num_tokens(Handle branch) const;
   int32_t num_computed(Handle branch) const;
   std::vector<int32_t> tokens(Handle branch, int64_t start) const;
@@ -107,6 +113,7 @@ class TreeCore {
   struct Slot {
     Segment* tail = nullptr;  // null: the slot is free
     uint32_t generation = 1;
+    bool is_draft = false;
   };
   friend class IntegrityCheck;
 
@@ -116,6 +123,7 @@ class TreeCore {
   Segment* find_tail(Handle branch) const;  // null when stale
   std::vector<Segment*> tails_of(const Handle* branches, size_t count) const;
   Handle new_handle(Segment* tail);
+  void retire(uint32_t slot);  // its handle is over; the caller has the tail's reference
   uint8_t page_state_of(int32_t page) const;
   std::vector<int32_t> count_holders() const;
   int32_t count_owned(Segment* tail) const;

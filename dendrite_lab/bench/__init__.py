@@ -29,6 +29,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
         "memory": "dendrite_lab.bench.memory:run",
         "search": "dendrite_lab.bench.search:run",
         "search-overhead": "dendrite_lab.bench.search_overhead:run",
+        "spec": "dendrite_lab.bench.spec:run",
         "tree": "dendrite_lab.bench.tree:run",
     },
 )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dendrite_engine.jobs import Job
     from dendrite_engine.sampling_params import SamplingParams
     from dendrite_engine.search.budget import Budget
+    from dendrite_engine.speculation import DraftModel, PromptLookup
     from dendrite_engine.tree.branch import Branch
     from dendrite_engine.types import Completion, EngineStats, TokenAlternative, TokenEvent
 
@@ -23,10 +24,12 @@ _PUBLIC = {
     "Branch": "tree.branch",
     "Budget": "search.budget",
     "Completion": "types",
+    "DraftModel": "speculation",
     "Engine": "engine",
     "EngineConfig": "config",
     "EngineStats": "types",
     "Job": "jobs",
+    "PromptLookup": "speculation",
     "SamplingParams": "sampling_params",
     "TokenAlternative": "types",
     "TokenEvent": "types",
@@ -36,10 +39,12 @@ __all__ = [
     "Branch",
     "Budget",
     "Completion",
+    "DraftModel",
     "Engine",
     "EngineConfig",
     "EngineStats",
     "Job",
+    "PromptLookup",
     "SamplingParams",
     "TokenAlternative",
     "TokenEvent",

@@ -161,6 +161,29 @@ class TreeCore:
 
         O(pages released).
         """
+    def draft(self, branch: int, tokens: IntegerArray) -> int:
+        """Return a handle to the branch's tokens with guesses (int32[n], n >= 1) behind them.
+
+        The branch's last token and the guesses are computed in pages of the draft's own, so one
+        pass computes all of them, and the branch itself never holds a guess. `adopt` makes the
+        good ones the branch's, `prune` ends the draft. Drafts count neither as branches nor as
+        forks. O(n).
+
+        Raises:
+            InvalidArgument: no guesses, or the branch holds a single token.
+            OutOfPages: the pages can't be had even by evicting.
+        """
+    def adopt(self, branch: int, draft: int, keep: int, logprobs: FloatArray, expected: int) -> int:
+        """Make a branch hold the first `keep` tokens of a draft, and end the draft.
+
+        logprobs (float32[n], n <= keep) are those of the last n tokens kept. Returns 0 done, 2 the
+        branch is stale, 3 it does not hold the `expected` number of tokens; where it is not 0,
+        nothing changed and the draft is still there. Other branches that share tokens with either
+        keep them. O(tokens dropped).
+
+        Raises:
+            InvalidArgument: `draft` is a branch, or `keep` is out of range.
+        """
     def num_tokens(self, branch: int) -> int:
         """Return the number of tokens. O(1)."""
     def num_computed(self, branch: int) -> int:

@@ -103,6 +103,7 @@ class Parts:
             jobs_running=self.loop.jobs_running,
             graph_steps=self.runner.graph_steps,
             host_ms_last=self.runner.host_ms,
+            speculation=self.loop.speculator.stats(),
         )
 
 

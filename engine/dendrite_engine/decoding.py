@@ -25,7 +25,7 @@ from dendrite_engine.trace import Trace
 from dendrite_engine.types import FinishReason, TokenAlternative, TokenEvent
 
 # Status codes of TreeCore.append_batch, and one more: there was no token to append.
-_OUT_OF_PAGES, _STALE, _CHANGED, _NOT_FINITE = 1, 2, 3, 4
+_OUT_OF_PAGES, _STALE, _CHANGED, NOT_FINITE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class Decoder:
 
     Attributes:
         tokens_generated: tokens sampled so far.
+        max_context: tokens that a branch may hold.
+        vocab_size: ids below it are tokens.
     """
 
     def __init__(
@@ -95,7 +97,8 @@ class Decoder:
         self._tokenizer, self._trace = tokenizer, trace
         self._is_eos = np.zeros(sampler.vocab_size, bool)
         self._is_eos[[token for token in eos_ids if token < sampler.vocab_size]] = True
-        self._max_context, self._seed = max_context, seed
+        self.max_context, self._seed = max_context, seed
+        self.vocab_size = sampler.vocab_size
         self.tokens_generated = 0
 
     def open_lane(self, job: Job, index: int, params: SamplingParams, arrival: int) -> DecodingLane:
@@ -151,7 +154,7 @@ class Decoder:
 
     def going_on(self, launch: Launch) -> np.ndarray:
         """Which lanes need another token after this one, unless the token itself ends them."""
-        goes_on: np.ndarray = (launch.group.left > 1) & (launch.held < self._max_context - 1)
+        goes_on: np.ndarray = (launch.group.left > 1) & (launch.held < self.max_context - 1)
         return goes_on
 
     def draw(self, launch: Launch) -> Drawn:
@@ -165,23 +168,49 @@ class Decoder:
         if not np.count_nonzero(tokens < 0):
             status = self._core.append_batch(group.handles, tokens, logprobs, held)
         else:
-            status = np.full(len(tokens), _NOT_FINITE, np.uint8)
+            status = np.full(len(tokens), NOT_FINITE, np.uint8)
             good = np.flatnonzero(tokens >= 0)
             status[good] = self._core.append_batch(
                 group.handles[good], tokens[good], logprobs[good], held[good]
             )
         if not np.count_nonzero(status):
-            return self._accept(group, tokens, logprobs, held, top)
+            return self.accept(group, tokens, logprobs, held, top)
         good = np.flatnonzero(status == 0)
         some = group.take(good)
         top = {row: top[old] for row, old in enumerate(good.tolist()) if old in top}
-        drawn = self._accept(some, tokens[good], logprobs[good], held[good], top)
+        drawn = self.accept(some, tokens[good], logprobs[good], held[good], top)
         group.left[good] = some.left
         for row in np.flatnonzero(status).tolist():
-            self._refuse(drawn, group, row, int(status[row]))
+            self.refuse(drawn, group, row, int(status[row]))
         return drawn
 
-    def _accept(
+    def count_taken(self, lane: DecodingLane, tokens: Sequence[int], held: int, left: int) -> int:
+        """How many of these tokens the lane takes, one after the other: up to the one that ends it,
+        which is the same one as in `_find_ended`. Nothing changes.
+
+        Args:
+            lane: the lane.
+            tokens: what it would get.
+            held: tokens that its branch holds before.
+            left: tokens that it may still generate, at least 1.
+        """
+        params = lane.params
+        decoder = lane.decoder.copy() if params.stop else None
+        tail = lane.tail
+        most = min(left, self.max_context - held, len(tokens))
+        for count, token in enumerate(tokens[:most], start=1):
+            ends = token in params.stop_token_ids
+            ends |= bool(self._is_eos[token]) and not params.ignore_eos
+            if decoder is not None:
+                text = decoder.push(token)
+                tail += text
+                ends |= bool(text) and any(stop in tail for stop in params.stop)
+                tail = tail[-max(map(len, params.stop)) :]
+            if ends:
+                return count
+        return most
+
+    def accept(
         self,
         group: LaneGroup,
         tokens: np.ndarray,
@@ -204,7 +233,7 @@ class Decoder:
         """Fill `reasons`; of several the first counts: eos, stop, length, context_full."""
         eos = self._is_eos.take(drawn.tokens) & group.ends_on_eos
         stopped = self._stopped(drawn, group)
-        length, full = group.left <= 0, held >= self._max_context - 1
+        length, full = group.left <= 0, held >= self.max_context - 1
         ended = eos | length | full
         if stopped is not None:
             ended |= stopped
@@ -234,7 +263,7 @@ class Decoder:
             lane.tail = lane.tail[-max(map(len, lane.params.stop)) :]
         return stopped
 
-    def _refuse(self, drawn: Drawn, group: LaneGroup, row: int, status: int) -> None:
+    def refuse(self, drawn: Drawn, group: LaneGroup, row: int, status: int) -> None:
         """A lane that got no token: it ends, unless its branch only changed."""
         lane = group.lanes[row]
         branch_id = lane.branch.id

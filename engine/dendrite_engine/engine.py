@@ -27,6 +27,7 @@ from dendrite_engine.requests import (
     check_tokens,
     drain,
     encode_prompt,
+    open_guessing,
     wait_for,
 )
 from dendrite_engine.sampling_params import SamplingParams
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from dendrite_engine.models.tokenizer import Tokenizer
     from dendrite_engine.search.budget import Budget
     from dendrite_engine.search.handle import SearchHandle
+    from dendrite_engine.speculation.base import Speculation
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -162,6 +164,7 @@ class Engine(SavesBranches):
         on_event: EventCallback | None = None,
         priority: int = 0,
         values: Sequence[float] | None = None,
+        speculate: Speculation | None = None,
     ) -> Job:
         """Start generating on `branches`, all in one batch per step, and return at once.
 
@@ -171,6 +174,7 @@ class Engine(SavesBranches):
             on_event: called with every TokenEvent on the engine thread; it must only enqueue.
             priority: higher runs first when not everything fits one step.
             values: one number per branch; among equally patient branches, higher runs first.
+            speculate: how to guess tokens, as in `PromptLookup()`; they are the same, but sooner.
 
         Raises:
             StaleBranch: a branch was pruned or belongs to another engine.
@@ -189,31 +193,38 @@ class Engine(SavesBranches):
                 )
         if values is not None and len(values) != len(targets):
             raise InvalidArgument(f"{len(targets)} branches but {len(values)} values")
-        return self._start(Job(targets, rows, on_event=on_event, priority=priority, values=values))
+        options: dict[str, Any] = {"on_event": on_event, "priority": priority, "values": values}
+        return self._start(Job(targets, rows, guessing=open_guessing(speculate, self), **options))
 
     def generate(
-        self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0
+        self,
+        branches: Branch | Sequence[Branch],
+        params: Params = None,
+        *,
+        priority: int = 0,
+        speculate: Speculation | None = None,
     ) -> Iterator[TokenEvent]:
-        """Generate on `branches` and yield each TokenEvent as it comes; see `submit`.
-
-        Leaving the loop early cancels the job; the branches keep what they have.
+        """Generate on `branches` and yield each TokenEvent as it comes; see `submit`. Leaving the
+        loop early cancels the job; the branches keep what they have.
         """
         events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
-        job = self.submit(branches, params, on_event=events.put, priority=priority)
+        job = self.submit(
+            branches, params, on_event=events.put, priority=priority, speculate=speculate
+        )
         job.add_done_callback(lambda _: events.put(None))
         return drain(job, events)
 
     async def agenerate(
-        self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0
+        self, branches: Branch | Sequence[Branch], params: Params = None, **options: Any
     ) -> AsyncIterator[TokenEvent]:
-        """`generate` for asyncio."""
+        """`generate` for asyncio, with the same options."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
 
         def put(event: TokenEvent | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = self.submit(branches, params, on_event=put, priority=priority)
+        job = self.submit(branches, params, on_event=put, **options)
         job.add_done_callback(lambda _: put(None))
         try:
             while (event := await events.get()) is not None:
@@ -223,10 +234,15 @@ class Engine(SavesBranches):
             job.cancel()
 
     def complete(
-        self, branches: Branch | Sequence[Branch], params: Params = None, *, priority: int = 0
+        self,
+        branches: Branch | Sequence[Branch],
+        params: Params = None,
+        *,
+        priority: int = 0,
+        speculate: Speculation | None = None,
     ) -> list[Completion]:
         """Generate on `branches`, wait, and return what each produced; see `submit`."""
-        return wait_for(self.submit(branches, params, priority=priority))
+        return wait_for(self.submit(branches, params, priority=priority, speculate=speculate))
 
     def top_tokens(self, branches: Sequence[Branch], k: int) -> list[list[TokenAlternative]]:
         """The `k` most likely next tokens of each branch, most likely first; one forward at most.

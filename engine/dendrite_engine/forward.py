@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,6 +40,28 @@ class Flight:
     plan: Plan
 
 
+class EveryRow:
+    """A plan that wants logits after every token it computes, not only after the last ones.
+
+    Args:
+        plan: the plan; each of its branches gets logits.
+        counts: tokens that it computes of each branch, i32 [n].
+
+    Attributes:
+        logits_row: rows of the first branch's tokens, then of the second's, ..., i32 [sum(counts)].
+    """
+
+    def __init__(self, plan: Plan, counts: np.ndarray) -> None:
+        self._plan = plan
+        ends = np.cumsum(counts)
+        first = plan.logits_row - counts + 1  # a branch's tokens are one run of rows
+        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        self.logits_row = (np.repeat(first, counts) + offsets).astype(np.int32)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
+
+
 @dataclass(frozen=True, slots=True)
 class Ahead:
     """A forward pass that was launched before the tokens that it computes were known.
@@ -71,12 +93,18 @@ class ForwardPass:
         self.step_ms: deque[float] = deque(maxlen=256)
         self.num_ahead = self.num_in_vain = 0
 
-    def launch(self, selection: Selection) -> Flight | None:
-        """Start the pass over these lanes; None when one of them was pruned this moment."""
+    def launch(self, selection: Selection, *, every_row: bool = False) -> Flight | None:
+        """Start the pass over these lanes; None when one of them was pruned this moment.
+
+        With `every_row`, `rows` and `held` of the flight have an entry for each token computed: all
+        quotas must be what the lanes need.
+        """
         try:
-            plan = self._core.plan(selection.handles, selection.quotas)
+            plan: Plan = self._core.plan(selection.handles, selection.quotas)
         except StaleBranch:
             return None
+        if every_row:
+            plan = cast("Plan", EveryRow(plan, selection.quotas))
         if plan.num_tokens == 0:
             plan.cancel()
             return None

@@ -11,6 +11,7 @@ from dendrite_engine.types import Completion, TokenAlternative, TokenEvent
 
 if TYPE_CHECKING:
     from dendrite_engine.sampling_params import SamplingParams
+    from dendrite_engine.speculation.base import Guessing
     from dendrite_engine.tree.branch import Branch
 
 EventCallback = Callable[[TokenEvent], None]
@@ -26,6 +27,7 @@ class Job:
         values: one number per branch; of branches served equally long ago, higher runs first.
         top_k: how many next-token alternatives to report once logits are there.
         alternatives: those alternatives, one list per branch.
+        guessing: what guesses its tokens; None: they come one by one.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class Job:
         priority: int = 0,
         values: Sequence[float] | None = None,
         top_k: int = 0,
+        guessing: Guessing | None = None,
     ) -> None:
         self.branches = tuple(branches)
+        self.guessing = guessing
         self.params = params
         self.priority = priority
         self.values = values

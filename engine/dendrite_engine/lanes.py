@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from dendrite_engine.errors import StaleBranch
 from dendrite_engine.models.tokenizer import StreamDecoder
 from dendrite_engine.sampling import SamplerState, SamplingRows
 from dendrite_engine.sampling_params import SamplingParams
 from dendrite_engine.scheduler import Lane, Waiting
-from dendrite_engine.tree.branch import Branch
+from dendrite_engine.tree.branch import Branch, LogitsRow
 
 _ENDS_ON_EOS, _STOP_IDS, _STOP_TEXTS, _PENALTIES, _TOP = 1, 2, 4, 8, 16
 
@@ -175,6 +177,18 @@ class KeptLogits:
             old = self._branches.popleft()
             if old not in self._branches and not old._busy:
                 old._logits = None
+
+
+def kept_logits(lane: Lane, core: Any) -> LogitsRow | None:
+    """The lane's next-token logits, when they belong to what the branch holds now."""
+    logits = lane.branch._logits
+    if logits is None or not logits.is_current:
+        return None
+    try:
+        held = core.num_tokens(lane.handle)
+    except StaleBranch:
+        return None
+    return logits if logits.num_tokens == held else None
 
 
 class Roster:

@@ -6,42 +6,24 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dendrite_engine.cache.pages import PageGuard
-from dendrite_engine.decoding import Decoder, Launch
+from dendrite_engine.decoding import Decoder, Drawn, Launch
 from dendrite_engine.errors import EngineClosed, StaleBranch
 from dendrite_engine.forward import Ahead, Flight, ForwardPass, gather_rows
 from dendrite_engine.jobs import Job
-from dendrite_engine.lanes import DecodingLane, KeptLogits, LaneGroup, Roster
+from dendrite_engine.lanes import DecodingLane, KeptLogits, LaneGroup, Roster, kept_logits
 from dendrite_engine.runner import Runner
-from dendrite_engine.scheduler import Lane, Scheduler
+from dendrite_engine.scheduler import Lane, Scheduler, Selection
+from dendrite_engine.speculation.speculator import Speculator
+from dendrite_engine.step import Step
 from dendrite_engine.trace import Trace
 from dendrite_engine.tree.branch import LogitsRow
 from dendrite_engine.types import FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What a forward pass that was launched is going to give.
-
-    Attributes:
-        launch: tokens of the decoding lanes that it finishes; None when there are none.
-        places: places of these lanes in the group, i64 [n]; None for the whole group.
-        probes: finished lanes that only want logits: (lane, row in logits, tokens held).
-        flight: the pass, where it computed one token of every waiting lane.
-        order: places in the flight of the lanes in the group's order; None: the same.
-    """
-
-    launch: Launch | None
-    places: np.ndarray | None
-    probes: Sequence[tuple[Lane, LogitsRow]]
-    flight: Flight | None = None
-    order: np.ndarray | None = None
 
 
 class StepLoop:
@@ -68,11 +50,14 @@ class StepLoop:
         self._core, self._scheduler = core, scheduler
         self._decoder, self._trace = decoder, trace
         self._forward = ForwardPass(core, runner, trace, guard)
+        self.speculator = Speculator(
+            core, decoder, trace, scheduler.max_batch_tokens, is_async=runner.is_async
+        )
         self._inbox: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._open: dict[Job, set[Lane]] = {}
         self._fresh: list[Lane] = []  # just came; their logits may be there already
         self._roster = Roster()
-        self._next: _Step | None = None  # launched ahead
+        self._next: Step | None = None  # launched ahead
         self._reports: deque[Callable[[], None]] = deque()
         self._kept = KeptLogits()
         self._arrivals = 0
@@ -180,6 +165,7 @@ class StepLoop:
                 lane = Lane(job, index, branch, branch._handle, self._arrivals)
             else:
                 lane = self._decoder.open_lane(job, index, job.params[index], self._arrivals)
+                self.speculator.open(lane)
             lanes.add(lane)
             self._fresh.append(lane)
 
@@ -212,7 +198,7 @@ class StepLoop:
     def _begin_fresh(self) -> None:
         """Advance lanes that came with logits; all that go on wait for a forward pass."""
         fresh, self._fresh = self._fresh, []
-        ready = {lane: row for lane in fresh if (row := self._logits(lane)) is not None}
+        ready = {lane: row for lane in fresh if (row := kept_logits(lane, self._core)) is not None}
         decoding = [lane for lane in fresh if isinstance(lane, DecodingLane)]
         probes = [lane for lane in fresh if not isinstance(lane, DecodingLane)]
         self._finish_probes([(lane, ready[lane]) for lane in probes if lane in ready])
@@ -236,24 +222,15 @@ class StepLoop:
             group.left[places] = some.left
         return group.without(ended) if ended else group
 
-    def _logits(self, lane: Lane) -> LogitsRow | None:
-        """The lane's next-token logits, when they belong to what the branch holds now."""
-        logits = lane.branch._logits
-        if logits is None or not logits.is_current:
-            return None
-        try:
-            held = self._core.num_tokens(lane.handle)
-        except StaleBranch:
-            return None
-        return logits if logits.num_tokens == held else None
-
     # -- one forward pass ---------------------------------------------------------------------
 
-    def _launch(self) -> _Step | None:
+    def _launch(self) -> Step | None:
         """Start a forward pass over the lanes that wait, and the sampling that follows it."""
         while len(self._roster):
             selection = self._scheduler.next_batch(self._roster.waiting, self._core)
             if not selection.stale:
+                if self.speculator and (step := self._launch_drafts(selection)) is not None:
+                    return step
                 # None: pruned since they were chosen; the next step ends such lanes.
                 flight = self._forward.launch(selection)
                 return None if flight is None else self._begin(flight)
@@ -262,7 +239,20 @@ class StepLoop:
                 self._end({lane: error}, "stale")
         return None
 
-    def _begin(self, flight: Flight) -> _Step:
+    def _launch_drafts(self, selection: Selection) -> Step | None:
+        """Start a pass that verifies guesses; None where there are none, or more is to be done."""
+        if selection.chosen is not None or self._roster.probes:
+            return None
+        drafts = self.speculator.draft(self._roster.group)
+        if drafts is None:
+            return None
+        flight = self._forward.launch(drafts.selection, every_row=True)
+        if flight is None:  # as in `_launch`
+            self.speculator.discard_all()
+            return None
+        return Step(None, guesses=self.speculator.begin(drafts, flight))
+
+    def _begin(self, flight: Flight) -> Step:
         """Start sampling for the decoding lanes whose logits the forward pass gives."""
         roster, rows, held = self._roster, flight.rows, flight.held
         if flight.chosen is not None or roster.probes or rows.min() < 0:
@@ -271,9 +261,11 @@ class StepLoop:
         if order is not None:
             rows, held = rows[order], held[order]
         launch = self._decoder.begin(roster.group, flight.logits, rows, held)
-        return _Step(launch, None, (), flight, order)
+        # Guesses need the tokens, so nothing can be launched ahead of those that want some.
+        ahead = not self.speculator or self.speculator.rests()
+        return Step(launch, flight=flight if ahead else None, order=order)
 
-    def _begin_some(self, flight: Flight) -> _Step:
+    def _begin_some(self, flight: Flight) -> Step:
         """`_begin` where not just the whole group gets logits."""
         roster, rows, held = self._roster, flight.rows, flight.held
         size = len(roster.group)
@@ -287,10 +279,13 @@ class StepLoop:
             (roster.probes[places[i] - size], LogitsRow(int(held[i]), flight.logits, int(rows[i])))
             for i in np.flatnonzero((rows >= 0) & (places >= size)).tolist()
         ]
-        return _Step(launch, places[mine], probes)
+        return Step(launch, places[mine], probes)
 
-    def _land(self, step: _Step) -> None:
+    def _land(self, step: Step) -> None:
         """Wait for what a forward pass gives, and hand it to the lanes."""
+        if step.guesses is not None:
+            for drawn in self.speculator.land(step.guesses):
+                self._roster.remove(self._note(drawn))
         if step.launch is not None:
             ended = self._draw(step.launch)
             if step.places is not None:
@@ -299,7 +294,7 @@ class StepLoop:
                 self._roster.remove(ended)
         self._finish_probes(step.probes, keep=False)
 
-    def _run_ahead(self, step: _Step) -> Ahead | None:
+    def _run_ahead(self, step: Step) -> Ahead | None:
         """Start the pass behind a step's, where nothing else is to be done first."""
         if step.flight is None or step.launch is None or not self._forward.is_async:
             return None
@@ -312,7 +307,7 @@ class StepLoop:
             return None
         return self._forward.launch_ahead(step.flight, goes_on, step.order, drawn)
 
-    def _settle(self, ahead: Ahead, before: LaneGroup) -> _Step | None:
+    def _settle(self, ahead: Ahead, before: LaneGroup) -> Step | None:
         """The step of a pass that was launched ahead; None where it is not what is wanted now."""
         roster, flight = self._roster, None
         if len(roster):
@@ -326,7 +321,10 @@ class StepLoop:
 
     def _draw(self, launch: Launch) -> set[Lane]:
         """Give lanes their tokens, to be reported later; returns those that end with them."""
-        drawn = self._decoder.draw(launch)
+        return self._note(self._decoder.draw(launch))
+
+    def _note(self, drawn: Drawn) -> set[Lane]:
+        """Report tokens later; returns the lanes that end with them."""
         self._reports.append(partial(self._decoder.report, drawn, self._close))
         return drawn.ended if drawn.reasons or drawn.refused else set()
 
@@ -367,6 +365,7 @@ class StepLoop:
 
     def _close(self, lane: Lane) -> None:
         lane.branch._busy = False
+        self.speculator.close(lane)
         lanes = self._open[lane.job]
         lanes.discard(lane)
         if lanes:
@@ -391,6 +390,7 @@ class StepLoop:
             self._guarded(self._reports.popleft())
         if not isinstance(error, EngineClosed):
             self._trace.append("error", 0, {"error": f"{type(error).__name__}: {error}"})
+        self.speculator.abandon()
         jobs, self._open = self._open, {}
         self._roster, self._fresh, self._next = Roster(), [], None
         for lanes in jobs.values():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dendrite_engine.errors import ContextTooLong, EmptyPrompt, InvalidArgument
 from dendrite_engine.jobs import Job
 from dendrite_engine.models.tokenizer import Tokenizer
 from dendrite_engine.sampling_params import SamplingParams
+from dendrite_engine.speculation.base import Guessing, Speculation
 from dendrite_engine.types import Completion, TokenEvent
+
+if TYPE_CHECKING:
+    from dendrite_engine.engine import Engine
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -92,6 +96,22 @@ def check_params(params: Params, count: int, vocab_size: int) -> list[SamplingPa
                 f"{vocab_size}"
             )
     return rows
+
+
+def open_guessing(speculate: Speculation | None, engine: Engine) -> Guessing | None:
+    """What a job of `engine` needs to be guessed for; None for None.
+
+    Raises:
+        InvalidArgument: `speculate` is something else, or does not fit the engine.
+    """
+    if speculate is None:
+        return None
+    if not isinstance(speculate, Speculation):
+        raise InvalidArgument(
+            f"speculate must be a PromptLookup, DraftModel or another Speculation, got "
+            f"{type(speculate).__name__}"
+        )
+    return speculate.open(engine)
 
 
 def wait_for(job: Job) -> list[Completion]:

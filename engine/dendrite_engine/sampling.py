@@ -105,6 +105,7 @@ class SamplingRows:
         seeds, path_keys: u64 [R].
         special: rows with penalties or a logit bias, and their states.
         packed: the same for a device, when it was needed; see device.sampler.
+        masks: row -> bitmask i32 [ceil(vocab / 32)] of what it may become; host kernels only.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class SamplingRows:
         self.seeds, self.path_keys = seeds, path_keys
         self.special = special
         self.packed: SamplingTable | None = None
+        self.masks: dict[int, np.ndarray] = {}
 
     @classmethod
     def of(cls, states: Sequence[SamplerState]) -> SamplingRows:
@@ -207,6 +209,16 @@ class SamplingRows:
         indptr = np.zeros(len(self) + 1, np.int32)
         return self._batch(np.zeros(len(self), np.float64), (indptr, nothing, nothing))
 
+    def _stack_masks(self) -> np.ndarray | None:
+        """One bitmask a row, i32 [R, words]; None where no row has one."""
+        if not self.masks:
+            return None
+        words = len(next(iter(self.masks.values())))
+        stacked = np.full((len(self), words), -1, np.int32)
+        for row, mask in self.masks.items():
+            stacked[row] = mask
+        return stacked
+
     def _batch(
         self, draws: np.ndarray, penalties: tuple[np.ndarray, np.ndarray, np.ndarray]
     ) -> SamplingBatch:
@@ -228,6 +240,7 @@ class SamplingRows:
             bias_indptr=bias_indptr,
             bias_ids=bias_ids,
             bias_values=bias_values,
+            mask=self._stack_masks(),
         )
 
 

@@ -75,10 +75,13 @@ class Scheduler:
     arrival; so no lane starves among equals, and a search's values decide who of them waits. While
     anything decodes, prompts get at most `prefill_chunk` rows of a step, which bounds how long a
     step can make the others wait.
+
+    Attributes:
+        max_batch_tokens: rows of a step at most.
     """
 
     def __init__(self, max_batch_tokens: int, prefill_chunk: int) -> None:
-        self._max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = max_batch_tokens
         self._prefill_chunk = prefill_chunk
         self._step = 0
         self._ones = np.ones(max_batch_tokens, np.int32)
@@ -96,7 +99,7 @@ class Scheduler:
         handles = waiting.handles
         pending = core.pending(handles)
         # As an unsigned number the -1 of a stale handle is the largest of all.
-        fits = len(handles) <= self._max_batch_tokens
+        fits = len(handles) <= self.max_batch_tokens
         if fits and not np.count_nonzero(pending.view(np.uint32) > 1):
             self._serve_all(waiting)
             return Selection(None, handles, self._ones[: len(handles)])
@@ -129,7 +132,7 @@ class Scheduler:
         return Selection(chosen, waiting.handles[chosen], np.array(quotas, np.int32))
 
     def _share(self, order: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
-        left = self._max_batch_tokens
+        left = self.max_batch_tokens
         decoding = min(counts) <= 1
         prefill_left = min(left, self._prefill_chunk) if decoding else left
         places: list[int] = []

@@ -96,6 +96,55 @@ class LogitsEpoch:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """What drafting has brought.
+
+    Attributes:
+        steps: times a branch's draft was verified.
+        proposed: guessed tokens that were computed.
+        accepted: those of them that the branch kept; each saved it one step.
+        no_room: guesses left out because the page pool was full.
+    """
+
+    steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    no_room: int = 0
+
+    @property
+    def accept_rate(self) -> float:
+        """Share of the guesses that were kept; 0 before the first."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def steps_saved(self) -> int:
+        """Decode steps that branches did not have to wait for."""
+        return self.accepted
+
+    def plus(self, other: DraftCounts) -> DraftCounts:
+        """Both together."""
+        return DraftCounts(
+            self.steps + other.steps,
+            self.proposed + other.proposed,
+            self.accepted + other.accepted,
+            self.no_room + other.no_room,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """What speculative decoding has brought to an engine.
+
+    Attributes:
+        total: all branches together.
+        branches: by branch id, the last 1024 branches that were drafted for.
+    """
+
+    total: DraftCounts = field(default_factory=DraftCounts)
+    branches: dict[int, DraftCounts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A reading of the engine's counters. Pages are counts; bytes are K and V of all layers.
 
@@ -127,6 +176,7 @@ class EngineStats:
         jobs_running: jobs that still generate.
         graph_steps: forward passes that were replays of captured CUDA graphs.
         host_ms_last: what the engine thread spent on launching the last forward pass, in ms.
+        speculation: what guessed tokens were worth.
     """
 
     pages_total: int
@@ -156,3 +206,4 @@ class EngineStats:
     host_ms_last: float = 0.0
     kv_format: str = ""
     bytes_total: int = 0
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)

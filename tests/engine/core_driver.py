@@ -20,6 +20,8 @@ WEIGHTS = {
     "append_batch": 5,
     "rollback": 4,
     "prune": 6,
+    "draft": 4,
+    "adopt": 5,
     "evict": 1,
     "plan": 4,
     "close_plan": 4,
@@ -72,6 +74,7 @@ class CoreDriver:
         prefix_cache = draw.choice([True, True, True, True, True, False])
         self.pair = CorePair(draw.integer(most // 2, most), page_size, prefix_cache)
         self.plans: list[PlanPair] = []
+        self.drafts: list[tuple[int, int]] = []  # of a branch, the draft
         shared = 2 * page_size + 1
         body = [i % 5 for i in range(6 * page_size)]
         self.texts = [body, [*body[:shared], *([7] * 4 * page_size)], [9, *body]]
@@ -142,6 +145,26 @@ class CoreDriver:
         branch = self._branch()
         most = self._num_tokens(branch)
         self.pair.call("rollback", branch, self.draw.integer(0, self.draw.choice([2, most])))
+
+    def draft(self) -> None:
+        branch, held = self._branch(), self._num_tokens
+        tokens = self.draw.choice(self.texts)[held(branch) :][: self.draw.integer(0, 7)]
+        self.drafts += [(branch, made) for made in self.pair.make("draft", branch, tokens)]
+
+    def adopt(self) -> None:
+        """Mostly what an engine does; also drafts of others, and branches that changed."""
+        if not self.drafts:
+            return
+        branch, draft = self.drafts.pop(self.draw.integer(0, len(self.drafts) - 1))
+        branch = self.draw.choice([branch, branch, branch, self._branch()])
+        expected = self._num_tokens(branch) + self.draw.choice([0, 0, 0, 0, 1])
+        keep = self._num_tokens(draft) - self.draw.choice([0, 0, 1, 2, 5])
+        count = self.draw.choice([0, 1, min(3, max(keep, 0)), keep + 1])
+        logprobs = [-i / 4 for i in range(max(count, 0))]
+        kind, status = self.pair.call("adopt", branch, draft, keep, logprobs, expected)
+        if (kind, status) == ("returned", 0):
+            self.pair.bury(draft)
+            assert self.pair.native.num_tokens(branch) == keep
 
     def prune(self) -> None:
         if self.pair.live:

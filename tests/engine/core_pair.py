@@ -91,6 +91,10 @@ class CorePair:
         assert kind == "returned"
         assert released == pages_live - self.native.stats()["pages_live"]
         assert owned <= released <= owned + 1
+        self.bury(branch)
+
+    def bury(self, branch: int) -> None:
+        """The handle is over."""
         self.live.remove(branch)
         self.dead.append(branch)
 

@@ -21,6 +21,7 @@ from dendrite_engine.cache.arguments import (
     check_same_size,
     check_tokens,
 )
+from dendrite_engine.cache.reference_drafts import DraftVerbs
 from dendrite_engine.cache.reference_integrity import check_integrity
 from dendrite_engine.cache.reference_plan import PlanArrays, PlanBuilder
 from dendrite_engine.cache.reference_tree import Segment, SegmentTree
@@ -31,7 +32,6 @@ Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
 
 MAX_FORKS = 1 << 20
-LAST_GENERATION = 0x7FFFFFFF
 
 
 class Plan(PlanArrays):
@@ -57,7 +57,7 @@ class Plan(PlanArrays):
         self.cancel()
 
 
-class TreeCore:
+class TreeCore(DraftVerbs):
     """Pages, segments and branch handles of one engine; documented in `_core.pyi`."""
 
     def __init__(
@@ -70,6 +70,7 @@ class TreeCore:
         self._tails: list[Segment | None] = []  # by slot, None: the slot is free
         self._generations: list[int] = []
         self._free_slots: list[int] = []
+        self._draft_slots: set[int] = set()
         self._next_plan = 1
         self._forks = self._prunes = self._rollbacks = 0
 
@@ -214,14 +215,10 @@ class TreeCore:
         with self._lock:
             tail = self._tail(branch)
             before = self._tree.num_released
-            slot = branch & 0xFFFFFFFF
-            self._tails[slot] = None
-            self._generations[slot] += 1
-            if self._generations[slot] < LAST_GENERATION:
-                self._free_slots.append(slot)
+            self._prunes += branch & 0xFFFFFFFF not in self._draft_slots
+            self._retire(branch & 0xFFFFFFFF)
             tail.handles -= 1
             self._tree.collect(tail)
-            self._prunes += 1
             return self._tree.num_released - before
 
     def evict(self, n: int) -> int:
@@ -352,7 +349,9 @@ class TreeCore:
     def stats(self) -> dict[str, int]:
         """Counters and gauges by name."""
         with self._lock:
-            return inspect.stats(self._tree) | {
+            counts = inspect.stats(self._tree)
+            return counts | {
+                "branches": counts["branches"] - len(self._draft_slots),
                 "forks": self._forks,
                 "prunes": self._prunes,
                 "rollbacks": self._rollbacks,

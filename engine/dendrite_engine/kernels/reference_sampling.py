@@ -82,13 +82,28 @@ def _process(raw: F32, batch: SamplingBatch, row: int) -> F32:
     return x
 
 
+def probabilities(raw: F32, batch: SamplingBatch, row: int) -> tuple[NDArray[np.int64], F64]:
+    """The distribution that one row is drawn from: token ids and their probabilities, in the order
+    of the draw. For a finite row [V] with temperature > 0 and a token that is allowed.
+    """
+    ids, weights = _kept(_process(raw, batch, row), batch, row)
+    return ids, weights / weights.sum()
+
+
 def _choose(x: F32, batch: SamplingBatch, row: int) -> int:
-    top = x.max()
-    if not np.isfinite(top):
+    if not np.isfinite(x.max()):
         return -1
-    temperature = batch.temperature[row]
-    if temperature <= 0:
+    if batch.temperature[row] <= 0:
         return int(x.argmax())
+    ids, weights = _kept(x, batch, row)
+    running = np.cumsum(weights)
+    target = batch.uniform[row] * running[-1]
+    return int(ids[min(int((running <= target).sum()), len(ids) - 1)])
+
+
+def _kept(x: F32, batch: SamplingBatch, row: int) -> tuple[NDArray[np.int64], F64]:
+    """Tokens that temperature and filters leave, the likeliest first, and their weights."""
+    top, temperature = x.max(), batch.temperature[row]
     order = np.argsort(-x, kind="stable")
     order = order[x[order] > -np.inf]
     with np.errstate(over="ignore"):
@@ -103,6 +118,4 @@ def _choose(x: F32, batch: SamplingBatch, row: int) -> int:
     if batch.min_p[row] > 0:
         limit = -np.log(min(batch.min_p[row], np.float32(1)))
         kept = int((distance[:kept] <= limit).sum())
-    running = np.cumsum(weights[:kept])
-    target = batch.uniform[row] * running[-1]
-    return int(order[min(int((running <= target).sum()), kept - 1)])
+    return order[:kept], weights[:kept]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,13 @@ class Tokenizer:
         self.vocab_size: int = self._fast.get_vocab_size(with_added_tokens=True)
         self._bytes = _TokenBytes(self._fast, {i: token.content for i, token in added.items()})
         self._template = _chat_template(directory)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every id and its token: equal where ids mean the same text. O(vocab), once."""
+        vocab = self._fast.get_vocab(with_added_tokens=True)
+        pairs = sorted((token_id, token) for token, token_id in vocab.items())
+        return sha256(json.dumps(pairs).encode()).hexdigest()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; `add_special_tokens` adds what the model wants around a prompt."""
@@ -94,6 +103,12 @@ class StreamDecoder:
     def __init__(self, token_bytes: _TokenBytes, special: frozenset[int]) -> None:
         self._bytes, self._special = token_bytes, special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def copy(self) -> StreamDecoder:
+        """A decoder in the same state."""
+        other = StreamDecoder(self._bytes, self._special)
+        other._decoder.setstate(self._decoder.getstate())
+        return other
 
     def push(self, token_id: int) -> str:
         """Text that `token_id` completes; special tokens give none."""

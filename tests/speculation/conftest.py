@@ -1,0 +1,8 @@
+"""Proposers for tests: perfect, wrong and broken ones."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
