@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dendrite_engine.errors import DendriteError
 from dendrite_engine.types import Completion, TokenAlternative, TokenEvent
@@ -24,6 +24,7 @@ class Job:
         params: one SamplingParams per branch; None when only K/V and logits are wanted.
         priority: higher runs first when not everything fits one step.
         top_k: how many next-token alternatives to report once logits are there.
+        masks: for each branch None, or which tokens may be among them, as i32 bitmasks.
         alternatives: those alternatives, one list per branch.
     """
 
@@ -35,11 +36,13 @@ class Job:
         on_event: EventCallback | None = None,
         priority: int = 0,
         top_k: int = 0,
+        masks: Sequence[Any] = (),
     ) -> None:
         self.branches = tuple(branches)
         self.params = params
         self.priority = priority
         self.top_k = top_k
+        self.masks = list(masks) or [None] * len(self.branches)
         self.alternatives: list[list[TokenAlternative]] = [[] for _ in self.branches]
         self.error: BaseException | None = None
         self._completions = [Completion(branch) for branch in self.branches]
