@@ -50,11 +50,6 @@ class _Star(Node):
 
 EMPTY = Node()
 NOTHING = _Text()
-_CLASSES = {
-    "d": frozenset(b"0123456789"),
-    "w": frozenset(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"),
-    "s": frozenset(b" \t\n\r\f\v"),
-}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 _ASCII = frozenset(range(128))
 _REPEATS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
@@ -150,8 +145,8 @@ def first_bytes(node: Node) -> frozenset[int]:
 
 
 def parse_regex(pattern: str) -> Node:
-    r"""The tree of a small regular expression: literals, `.`, classes of ASCII characters, `\d \w
-    \s`, groups, `|`, `* + ?`, `{m}`, `{m,}` and `{m,n}`.
+    """The tree of a small regular expression: literals, `.`, classes of ASCII characters, groups,
+    `|`, `* + ?`, `{m}`, `{m,}` and `{m,n}`; no `\\d` and the like, which mean all of Unicode.
 
     Raises:
         InvalidGrammar: anything else.
@@ -220,8 +215,6 @@ class _Parser:
 
     def _escape(self) -> Node:
         char = self._next()
-        if char.lower() in _CLASSES and char in _CLASSES:
-            return one_of(_CLASSES[char])
         if char.isalnum() and char not in _ESCAPES:
             raise self._error(f"unknown escape {char!r}")
         return literal(_ESCAPES.get(char, char).encode())
@@ -232,7 +225,7 @@ class _Parser:
         found: set[int] = set()
         while self._peek() != "]" or not found:
             first = self._member()
-            if len(first) == 1 and self._peek() == "-" and self._text[self._at + 1] != "]":
+            if len(first) == 1 and self._peek() == "-" and self._text[self._at + 1 : self._at + 2] != "]":
                 self._at += 1
                 (low,), (high,) = first, self._member()
                 found |= set(range(low, high + 1))
@@ -247,8 +240,8 @@ class _Parser:
         char = self._next()
         if char == "\\":
             char = self._next()
-            if char in _CLASSES:
-                return _CLASSES[char]
+            if char.isalnum() and char not in _ESCAPES:
+                raise self._error(f"unknown escape {char!r}")
             char = _ESCAPES.get(char, char)
         if not char.isascii():
             raise self._error("only ASCII characters in classes")

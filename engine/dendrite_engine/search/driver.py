@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dendrite_engine.errors import (
     ContextTooLong,
+    GrammarError,
     NumericError,
     OutOfPages,
     SearchError,
@@ -72,6 +73,8 @@ def reason_of(error: Exception) -> FinishReason:
         return "stale"
     if isinstance(error, ContextTooLong):
         return "context_full"
+    if isinstance(error, GrammarError):
+        return "grammar_error"
     return "numeric_error" if isinstance(error, NumericError) else "out_of_pages"
 
 
