@@ -117,15 +117,16 @@ class GrammarService:
                 "a grammar is JsonSchema, Regex, Lark or Choice of dendrite_engine.grammar, got "
                 f"{type(grammar).__name__}"
             )
+        size = self._check_size(grammar)
         key = (engine, json.dumps(grammar.to_dict(), ensure_ascii=False))
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key][0]
-        self._check_size(grammar)
-        runner = self.engine(engine)
-        first = self._within_limit(grammar, runner)
-        self._keep(key, first, _BYTES_EACH + _BYTES_PER_SOURCE_BYTE * len(grammar.source.encode()))
+        if isinstance(grammar, JsonSchema):
+            self._check_schema(grammar)
+        first = self._within_limit(grammar, self.engine(engine))
+        self._keep(key, first, _BYTES_EACH + _BYTES_PER_SOURCE_BYTE * size)
         return first
 
     def _keep(self, key: tuple[str, str], first: Snapshot, size: int) -> None:
@@ -138,17 +139,15 @@ class GrammarService:
                 _, (_, freed) = self._cache.popitem(last=False)
                 self._cache_bytes -= freed
 
-    def _check_size(self, grammar: Grammar) -> None:
-        """Refuse what would cost too much just to be read."""
-        source = grammar.source
-        size = len(source.encode())
+    def _check_size(self, grammar: Grammar) -> int:
+        """Bytes of the grammar's text; refuses what would cost too much just to be read."""
+        size = len(grammar.source.encode())
         if size > self._source_limit:
             raise InvalidGrammar(
                 f"{grammar.kind} grammar of {size} bytes: more than the limit of "
                 f"{self._source_limit} (GrammarLimits.source_bytes)"
             )
-        if isinstance(grammar, JsonSchema):
-            self._check_schema(grammar)
+        return size
 
     def _check_schema(self, grammar: JsonSchema) -> None:
         try:

@@ -207,6 +207,8 @@ def _schema_text(schema: object) -> str:
         return schema
     if not isinstance(schema, (Mapping, bool)):
         raise InvalidGrammar(f"a JSON schema is a dict or text, got {type(schema).__name__}")
+    if schema is True:
+        return "{}"
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
