@@ -70,15 +70,15 @@ REGEX: dict[str, Callable[[int], str]] = {
 LARK: dict[str, Callable[[int], str]] = {
     "deep groups": lambda n: "start: " + _deep("(", '"a"', ")", n),
     "deep options": lambda n: "start: " + _deep("[", '"a"', "]", n),
-    "chain of rules": lambda n: "start: r0\n"
-    + "\n".join(f'r{i}: "x" r{i + 1} | "y"' for i in range(n))
-    + f'\nr{n}: "z"',
-    "chain of terminals": lambda n: "start: T0\n"
-    + "\n".join(f'T{i}: "x" T{i + 1}' for i in range(n))
-    + f'\nT{n}: "z"',
-    "doubling rules": lambda n: "start: r0\n"
-    + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(n))
-    + f'\nr{n}: "z"',
+    "chain of rules": lambda n: (
+        "start: r0\n" + "\n".join(f'r{i}: "x" r{i + 1} | "y"' for i in range(n)) + f'\nr{n}: "z"'
+    ),
+    "chain of terminals": lambda n: (
+        "start: T0\n" + "\n".join(f'T{i}: "x" T{i + 1}' for i in range(n)) + f'\nT{n}: "z"'
+    ),
+    "doubling rules": lambda n: (
+        "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(n)) + f'\nr{n}: "z"'
+    ),
     "count": lambda n: f'start: "a"{{{n}}}',
     "count of counts": lambda n: f'start: b{{{n}}}\nb: c{{{n}}}\nc: "a"{{{n}}}',
     "contradiction": lambda n: f"start: A\nA: /(a|b)*a(a|b){{{n}}}/ & /(a|b)*b(a|b){{{n}}}/",
@@ -87,8 +87,10 @@ LARK: dict[str, Callable[[int], str]] = {
 FIXED: dict[str, Make] = {
     "refers to itself": lambda: JsonSchema({"$ref": "#"}),
     "endless object": lambda: JsonSchema(
-        {"$defs": {"a": {"properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]}},
-         "$ref": "#/$defs/a"}
+        {
+            "$defs": {"a": {"properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]}},
+            "$ref": "#/$defs/a",
+        }
     ),
     "dangling reference": lambda: JsonSchema({"$ref": "#/$defs/nobody"}),
     "remote reference": lambda: JsonSchema({"$ref": "https://example.com/schema.json"}),
@@ -163,4 +165,7 @@ def hostile_grammars() -> Iterator[tuple[str, Make]]:
         for name, text in LARK.items():
             yield f"lark {name} {n}", lambda text=text, n=n: Lark(text(n))
         yield f"choice {n}", lambda n=n: Choice([f"option {i}" for i in range(n)])
-        yield f"choice of prefixes {n}", lambda n=n: Choice(["a" * i for i in range(1, n % 700 + 2)])
+        yield (
+            f"choice of prefixes {n}",
+            lambda n=n: Choice(["a" * i for i in range(1, n % 700 + 2)]),
+        )

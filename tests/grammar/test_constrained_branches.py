@@ -42,7 +42,9 @@ def _texts(engine, branches, params=DRAWN):
     return [result.text for result in results], [result.finish_reason for result in results]
 
 
-@pytest.mark.parametrize("pattern", ["[a-f]{3,7}", "(yes|no)( and (yes|no)){0,2}", "x*y", "[^q]{5}"])
+@pytest.mark.parametrize(
+    "pattern", ["[a-f]{3,7}", "(yes|no)( and (yes|no)){0,2}", "x*y", "[^q]{5}"]
+)
 def test_every_sample_matches_its_expression(make_engine, pattern):
     engine = make_engine()
     texts, reasons = _texts(engine, _root(engine, Regex(pattern)).fork(16))

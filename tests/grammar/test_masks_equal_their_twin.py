@@ -37,7 +37,9 @@ def vocabulary():
 
 @pytest.fixture(scope="module")
 def engines(vocabulary):
-    return {name: CONSTRAINTS.get(name)(vocabulary, GrammarLimits()) for name in CONSTRAINTS.names()}
+    return {
+        name: CONSTRAINTS.get(name)(vocabulary, GrammarLimits()) for name in CONSTRAINTS.names()
+    }
 
 
 def _mask(engine, matcher) -> np.ndarray:
@@ -112,6 +114,24 @@ def test_forks_go_on_alone_and_rollbacks_come_back(vocabulary, engines, grammar,
         assert np.array_equal(_mask(engine, fork), masks[len(read) - back])
         assert fork.accept(read[len(read) - back :]) == back
         assert fork.is_finished == matcher.is_finished
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS.names())
+@pytest.mark.parametrize("pattern", ["ab", "a*b?"])
+def test_the_end_of_a_turn_is_read_once_behind_a_complete_text(vocabulary, engines, name, pattern):
+    matcher = engines[name].compile(Regex(pattern))
+    text, eos = vocabulary.encode("ab"), list(vocabulary.eos_ids)
+    assert matcher.accept(eos) == (pattern == "a*b?")
+    matcher = engines[name].compile(Regex(pattern))
+    assert matcher.accept([*text, *eos, *eos]) == len(text) + 1
+    assert (matcher.is_finished, matcher.is_accepting, matcher.error) == (True, True, "")
+    assert matcher.fork().accept(text) == 0
+    fork = matcher.fork()
+    assert fork.rollback(1)
+    assert fork.accept(eos) == 1
+    assert matcher.rollback(1 + len(text))
+    assert not matcher.is_finished
+    assert matcher.accept(text) == len(text)
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS.names())

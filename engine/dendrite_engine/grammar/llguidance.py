@@ -19,23 +19,40 @@ from dendrite_engine.grammar.specs import Choice, Grammar, JsonSchema, Lark, Reg
 
 
 class LlgMatcher(Matcher):
-    """One LLMatcher; see Matcher."""
+    """One LLMatcher; see Matcher.
 
-    __slots__ = ("raw",)
+    A matcher that has stopped because nothing can follow takes no more tokens, the end of the turn
+    included; so that one is counted here.
+    """
 
-    def __init__(self, raw: Any) -> None:
-        self.raw = raw
+    __slots__ = ("_ended", "_eos_ids", "raw")
+
+    def __init__(self, raw: Any, eos_ids: Sequence[int], ended: int = 0) -> None:
+        self.raw, self._eos_ids, self._ended = raw, eos_ids, ended
 
     def fork(self) -> LlgMatcher:
         """See Matcher.fork."""
-        return LlgMatcher(self.raw.deep_copy())
+        return LlgMatcher(self.raw.deep_copy(), self._eos_ids, self._ended)
 
     def accept(self, token_ids: Sequence[int]) -> int:
         """See Matcher.accept."""
-        return int(self.raw.try_consume_tokens(list(token_ids)))
+        if self._ended:
+            return 0
+        taken = int(self.raw.try_consume_tokens(list(token_ids)))
+        if taken < len(token_ids) and token_ids[taken] in self._eos_ids and self._lacks_end:
+            self._ended = 1
+            taken += 1
+        return taken
+
+    @property
+    def _lacks_end(self) -> bool:
+        return bool(self.is_finished and self.raw.stop_reason() != "EndOfSentence")
 
     def rollback(self, count: int) -> bool:
         """See Matcher.rollback."""
+        count, self._ended = count - self._ended, 0
+        if count == 0:
+            return True
         return not self.raw.is_error() and bool(self.raw.rollback(count))
 
     def forced(self) -> list[int]:
@@ -88,7 +105,7 @@ class LlguidanceEngine(ConstraintEngine):
         raw = self._lib.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
         if raw.is_error():
             raise InvalidGrammar(f"{grammar.kind} grammar: {_first_line(raw.get_error())}")
-        return LlgMatcher(raw)
+        return LlgMatcher(raw, self.vocabulary.eos_ids)
 
     def fill(self, matchers: Sequence[Matcher], rows: Sequence[int], out: I32) -> None:
         """See ConstraintEngine.fill; the interpreter's lock is free meanwhile."""

@@ -225,7 +225,11 @@ class _Parser:
         found: set[int] = set()
         while self._peek() != "]" or not found:
             first = self._member()
-            if len(first) == 1 and self._peek() == "-" and self._text[self._at + 1 : self._at + 2] != "]":
+            if (
+                len(first) == 1
+                and self._peek() == "-"
+                and self._text[self._at + 1 : self._at + 2] != "]"
+            ):
                 self._at += 1
                 (low,), (high,) = first, self._member()
                 found |= set(range(low, high + 1))

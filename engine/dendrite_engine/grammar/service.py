@@ -23,9 +23,9 @@ STACK_BYTES = 256 << 20
 _STACK_LOCK = threading.Lock()
 MAX_ABANDONED = 4  # compilations that went over their time and still run
 
-# What a compiled grammar takes, about: measured on schemas of 100 to 1000 properties and choices
-# of 100 to 10,000 texts, where the process grew by 20 to 60 bytes for each of the grammar's own.
-_BYTES_EACH, _BYTES_PER_SOURCE_BYTE = 64 << 10, 64
+# What a compiled grammar takes, about. The process grew by 80 to 170 kB for a small one, and by 24
+# (choice of 1000 texts) to 155 (schema of 100 properties) bytes for each byte of a large one's text.
+_BYTES_EACH, _BYTES_PER_SOURCE_BYTE = 128 << 10, 128
 
 
 class ModelVocabulary:
