@@ -25,6 +25,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
         "fork": "dendrite_lab.bench.fork:run",
         "gemm": "dendrite_lab.bench.gemm:run",
         "kv-formats": "dendrite_lab.bench.kv_formats:run",
+        "mask": "dendrite_lab.bench.mask:run",
         "memory": "dendrite_lab.bench.memory:run",
         "search": "dendrite_lab.bench.search:run",
         "tree": "dendrite_lab.bench.tree:run",

@@ -49,7 +49,7 @@ JSON: dict[str, Callable[[int], Any]] = {
     "long string": lambda n: {"type": "string", "minLength": n, "maxLength": n},
     "long array": lambda n: {"type": "array", "minItems": n, "maxItems": n, "items": {"const": 1}},
     "wide number": lambda n: {"type": "integer", "minimum": 0, "maximum": 10 ** min(n, 4000)},
-    "narrow number": lambda n: '{"type": "number", "multipleOf": 1e-%d}' % n,
+    "narrow number": lambda n: f'{{"type": "number", "multipleOf": 1e-{n}}}',
     "pattern": lambda n: {"type": "string", "pattern": f"^(a+)+{{{n}}}b$"},
     "pattern of alternatives": lambda n: {"type": "string", "pattern": "(a|a?)" * min(n, 9000)},
 }

@@ -1,4 +1,4 @@
-"""Branch.constrain: what branches generate, and what forks, rollbacks and appended text make of it."""
+"""Branch.constrain: what branches generate, and what forks, rollbacks and texts make of it."""
 
 from __future__ import annotations
 

@@ -22,6 +22,12 @@ GRAMMARS = [
 ]
 
 
+def _rules(n: int) -> str:
+    """A grammar of n rules that nothing makes shorter."""
+    rules = [f'r{i}: "a" r{i} "b" | "{i}"' for i in range(n)]
+    return "\n".join(["start: " + " ".join(f'"{i}" r{i}' for i in range(n)), *rules])
+
+
 def _service(**limits) -> GrammarService:
     return GrammarService(ToyVocabulary(), GrammarLimits(**limits))
 
@@ -87,7 +93,7 @@ def test_the_cache_drops_what_was_used_longest_ago_beyond_its_bytes():
             "30 properties, more than the limit of 20",
         ),
         (Regex("(a?){60}a{60}[^b]{70}"), {"lexer_fuel": 50}, "too big .limit.*: 50"),
-        (Lark("start: " + " ".join(f'"{i}" r{i}' for i in range(99)) + "".join(f'\nr{i}: "a" r{i} "b" | "{i}"' for i in range(99))), {"symbols": 99}, "."),
+        (Lark(_rules(99)), {"symbols": 99}, "."),
     ],
     ids=lambda value: "" if isinstance(value, dict) else str(value)[:30],
 )  # fmt: skip

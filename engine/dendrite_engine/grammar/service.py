@@ -23,8 +23,8 @@ STACK_BYTES = 256 << 20
 _STACK_LOCK = threading.Lock()
 MAX_ABANDONED = 4  # compilations that went over their time and still run
 
-# What a compiled grammar takes, about. The process grew by 80 to 170 kB for a small one, and by 24
-# (choice of 1000 texts) to 155 (schema of 100 properties) bytes for each byte of a large one's text.
+# What a compiled grammar takes, about. The process grew by 80 to 170 kB for a small one; for a
+# large one by 24 (choice of 1000 texts) to 155 (schema of 100 properties) bytes a byte of text.
 _BYTES_EACH, _BYTES_PER_SOURCE_BYTE = 128 << 10, 128
 
 
