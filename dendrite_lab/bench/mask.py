@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 
 from dendrite_engine import Engine, SamplingParams
 from dendrite_engine.config import GrammarLimits
@@ -22,6 +23,7 @@ from dendrite_engine.grammar.base import ConstraintEngine
 from dendrite_engine.grammar.service import ModelVocabulary
 from dendrite_engine.models.hub import resolve_model
 from dendrite_engine.models.tokenizer import Tokenizer
+from dendrite_engine.sampling import SamplerState, SamplingRows
 from dendrite_lab.bench import measure
 from dendrite_lab.bench.workload import make_engine, prompt_ids
 
@@ -166,25 +168,77 @@ def _branch_forks(engine: Engine) -> dict[str, Any]:
 
 
 def _steps(engine: Engine, count: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of a decode step with and without a grammar, in turns."""
+    """What a decode step takes without a grammar and with one, in turns, and what the engine thread
+    does for the grammar in it.
+    """
     root = engine.prompt(prompt_ids(engine.tokenizer, 512))
     guided = root.fork()[0].constrain(WORDS)
     engine.complete(guided.fork(), SamplingParams(max_tokens=4))
     free_ms: list[float] = []
     guided_ms: list[float] = []
-    for _ in range(repeats):
-        for parent, kept in ((root, free_ms), (guided, guided_ms)):
-            kept += _step_times(engine, parent, count, tokens)
+    with _Watched(engine._parts.decoder.guided) as watched:
+        for _ in range(repeats):
+            for parent, kept in ((root, free_ms), (guided, guided_ms)):
+                kept += _step_times(engine, parent, count, tokens)
     stats = engine.stats()
     engine.prune_all()
-    free, constrained = statistics.median(free_ms), statistics.median(guided_ms)
+    host_us, sampling_us = watched.median_us, _sampling_us(engine, count)
     return {
         "what": "decode step", "branches": count, "free_ms": measure.spread(free_ms, 2),
-        "constrained_ms": measure.spread(guided_ms, 2),
-        "overhead_percent": round((constrained / free - 1) * 100, 2),
+        "constrained_ms": measure.spread(guided_ms, 2), "grammar_us": round(host_us, 1),
+        "sampling_us": round(sampling_us, 1),
+        "overhead_percent": round((host_us + sampling_us) / min(free_ms) / 10, 2),
         "hidden_us": round(stats.mask_us_p50 * count, 1),
         "waited_us": round(stats.mask_wait_us_p50, 1),
     }  # fmt: skip
+
+
+class _Watched:
+    """Times what the engine thread does for grammars: reading tokens, starting and taking masks."""
+
+    _NAMES = ("prepare", "masks", "read", "go_on")
+
+    def __init__(self, guided: Any) -> None:
+        self._guided = guided
+        self._times: dict[str, list[float]] = {name: [] for name in self._NAMES}
+
+    def __enter__(self) -> _Watched:
+        for name in self._NAMES:
+            setattr(self._guided, name, partial(self._timed, name, getattr(self._guided, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._NAMES:
+            delattr(self._guided, name)
+
+    def _timed(self, name: str, action: Callable[..., Any], *args: Any) -> Any:
+        start = time.perf_counter_ns()
+        result = action(*args)
+        if name != "masks" or result is not None:  # None: a step without a grammar
+            self._times[name].append((time.perf_counter_ns() - start) / 1e3)
+        return result
+
+    @property
+    def median_us(self) -> float:
+        """Sum of the medians: each is called once a step."""
+        return sum(statistics.median(times) for times in self._times.values() if times)
+
+
+def _sampling_us(engine: Engine, count: int) -> float:
+    """What masks add to the sampling of `count` rows, in microseconds."""
+    sampler, vocab = engine._parts.decoder._sampler, engine.model_config.vocab_size
+    logits = torch.randn(count, vocab, generator=torch.Generator().manual_seed(0))
+    masks = np.full((count, -(-vocab // 32)), 0x5555_5555, np.int32)
+    rows, found = np.arange(count), []
+    for masked in (False, True):
+        states = [
+            SamplerState(SamplingParams(temperature=0.8), 0, i, masked=masked) for i in range(count)
+        ]
+        settings, bits = SamplingRows.of(states), masks if masked else None
+        positions = np.zeros(count, np.int32)
+        action = partial(sampler.begin, logits, rows, settings, positions, bits)
+        found.append(statistics.median(measure.repeat(action, 41, warmup=5)) * 1e6)
+    return found[1] - found[0]
 
 
 def _step_times(engine: Engine, parent: Any, count: int, tokens: int) -> list[float]:
