@@ -72,6 +72,24 @@ def test_both_constraint_engines_give_the_same_tokens(make_engine, grammar, devi
     assert found["llguidance"][1] == pytest.approx(found["reference"][1], abs=1e-4)
 
 
+def test_passes_launched_ahead_wait_for_the_masks_before_they_are_sampled(make_engine):
+    """On the device path the next pass runs before anybody knows the token that it computes."""
+    found = {}
+    for device in ("cpu", "cuda-twin"):
+        engine = make_engine("llama-wide", device=device, dtype="float32", debug=False)
+        root = engine.prompt(TEXT)
+        branches = root.fork(5)
+        for branch in branches[:3]:
+            branch.constrain(Regex("([a-z]|[0-9]){30}"))
+        results = engine.complete(branches, DRAWN.replace(ignore_eos=True))
+        found[device] = [(r.token_ids, r.finish_reason) for r in results]
+        if device != "cpu":
+            passes = engine._loop._forward
+            assert passes.num_ahead - passes.num_in_vain > 20
+    assert found["cpu"] == found["cuda-twin"]
+    assert [reason for _, reason in found["cpu"]] == ["stop"] * 3 + ["length"] * 2
+
+
 def test_json_is_complete_and_valid(make_engine):
     engine = make_engine()
     texts, reasons = _texts(engine, _root(engine, PERSON).fork(8))
