@@ -65,9 +65,10 @@ that fills 64 of them, `accept_us` reading a token, `fork_us` the deep copy at t
 The larger vocabulary is made up: the real tokens and pairs of them. `Branch.fork` copies a
 reference. Steps: the same branches with and without a grammar in turns, under one that forces
 nothing. `grammar_us` is what the engine thread does for it in a step, waiting included
-(`waited_us`); `sampling_us` what masks add to sampling; `hidden_us` the fills, on a thread beside
-the forward pass. `overhead_percent`: both against the fastest step without a grammar; step times as
-such differ by more than that from run to run on a shared machine.""",
+(`waited_us`); `sampling_us` what masks add to sampling (they may leave it less to do); `hidden_us`
+the fills, on a thread beside the forward pass. `overhead_percent`: both against the fastest step
+without a grammar; step times as such differ by more than that from run to run on a shared
+machine.""",
     "gemm": "SmolLM2-135M's matrices, fp32: weights packed once, and plain `torch` calls.",
 }
 

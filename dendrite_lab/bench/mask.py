@@ -187,7 +187,7 @@ def _steps(engine: Engine, count: int, tokens: int, repeats: int) -> dict[str, A
         "what": "decode step", "branches": count, "free_ms": measure.spread(free_ms, 2),
         "constrained_ms": measure.spread(guided_ms, 2), "grammar_us": round(host_us, 1),
         "sampling_us": round(sampling_us, 1),
-        "overhead_percent": round((host_us + sampling_us) / min(free_ms) / 10, 2),
+        "overhead_percent": round((host_us + max(sampling_us, 0)) / min(free_ms) / 10, 2),
         "hidden_us": round(stats.mask_us_p50 * count, 1),
         "waited_us": round(stats.mask_wait_us_p50, 1),
     }  # fmt: skip

@@ -346,6 +346,7 @@ class Decoder:
         if error is not None and reason not in ("stale", "cancelled"):
             self._trace.append("error", lane.branch.id, {"error": str(error)})
         if isinstance(lane, DecodingLane):
+            self.guided.take_back(lane)
             text = lane.decoder.finish()
         elif error is None:
             return

@@ -22,6 +22,16 @@ class FaultyMatcher(ReferenceMatcher):
     def fork(self) -> FaultyMatcher:
         return FaultyMatcher(self._engine, list(self._states), self.is_bad)
 
+    def accept(self, token_ids) -> int:
+        if self.is_bad and len(self._states) == 2 and FaultyEngine.fault == "accept panic":
+            raise Panic("while reading")
+        return super().accept(token_ids)
+
+    def forced(self) -> list[int]:
+        if self.fails and FaultyEngine.fault == "forced panic":
+            raise Panic("while looking ahead")
+        return super().forced()
+
     @property
     def fails(self) -> bool:
         return self.is_bad and len(self._states) > 2

@@ -63,22 +63,27 @@ class LaneGuide:
         """Read tokens that the branch was given."""
         if self.failure is not None:
             return
-        if self._matcher is None:
-            self._matcher = self.guide.snapshot.fork()
+        position = self.guide.start + len(self.guide.snapshot.token_ids) + len(self._read)
         try:
-            position = self.guide.start + len(self.guide.snapshot.token_ids) + len(self._read)
+            if self._matcher is None:
+                self._matcher = self.guide.snapshot.fork()
             advance(self._matcher, np.asarray(token_ids, np.int32), position)
+            self._read += token_ids
+            self.is_finished = self._matcher.is_finished
         except GrammarError as error:
             self.failure = error
-            return
-        self._read += token_ids
-        self.is_finished = self._matcher.is_finished
+        except BaseException as error:  # a panic of Rust code is no Exception
+            self.failure = _broken(error)
 
     def forced(self) -> list[int]:
         """Tokens that must come next; [] where there is a choice."""
         if not self.is_open or self._matcher is None:
             return []
-        return self._matcher.forced()
+        try:
+            return self._matcher.forced()
+        except BaseException as error:  # see accept
+            self.failure = _broken(error)
+            return []
 
     def take_back(self, count: int) -> None:
         """Unread the last `count` tokens."""
@@ -298,8 +303,7 @@ class MaskFiller:
         if self._is_done(fill):
             _note_errors([lane])
         elif fill.error is not None:
-            what = f"{type(fill.error).__name__}: {str(fill.error)[:300]}"
-            lane.failure = GrammarError(f"the grammar failed: {what}")
+            lane.failure = _broken(fill.error)
         else:
             lane.failure = GrammarError(
                 f"the grammar's mask was not filled within {self._limit} s "
@@ -311,6 +315,10 @@ class MaskFiller:
         if self._thread is not None:
             self._thread.inbox.put(None)
             self._thread = None
+
+
+def _broken(error: BaseException) -> GrammarError:
+    return GrammarError(f"the grammar failed: {type(error).__name__}: {str(error)[:300]}")
 
 
 def _note_errors(lanes: Sequence[LaneGuide]) -> None:
