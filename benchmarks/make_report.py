@@ -26,6 +26,7 @@ TITLES = {
     "game24": "Search: the Game of 24",
     "spec": "Speculative decoding: guessed tokens against plain decoding",
     "gemm": "Matrix products of a decode step",
+    "mask": "Grammar: masks, forks, and what a constrained step costs",
     "kv-formats": "Page formats: decode steps at a long context",
     "quality": "Page formats: what they cost",
 }
@@ -83,6 +84,16 @@ interval. `kl`: mean KL divergence of the next token in nats. `gate`: the limits
 only, `fp32/tq4`: V only. `needle`: codes of five digits found again in 256 and 512 tokens.
 `diverges_after`: tokens until greedy text differs from fp32's, median of 8. `attention_error`:
 relative L2 error of the attention output, mean over layers, for the same K and V.""",
+    "mask": """\
+Along JSON documents under their schema: `fill_us` is the mask of one branch, `fill_64_us` one call
+that fills 64 of them, `accept_us` reading a token, `fork_us` the deep copy at the first divergence.
+The larger vocabulary is made up: the real tokens and pairs of them. `Branch.fork` copies a
+reference. Steps: the same branches with and without a grammar in turns, under one that forces
+nothing. `grammar_us` is what the engine thread does for it in a step, waiting included
+(`waited_us`); `sampling_us` what masks add to sampling (they may leave it less to do); `hidden_us`
+the fills, on a thread beside the forward pass. `overhead_percent`: both against the fastest step
+without a grammar; step times as such differ by more than that from run to run on a shared
+machine.""",
     "gemm": "SmolLM2-135M's matrices, fp32: weights packed once, and plain `torch` calls.",
 }
 

@@ -31,6 +31,8 @@ FINISH_REASONS = (
     "numeric_error",
     "stale",
     "error",
+    "dead_end",
+    "grammar_error",
 )
 
 COLUMNS: tuple[tuple[str, str], ...] = (

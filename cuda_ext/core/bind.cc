@@ -234,6 +234,12 @@ void bind_writing(nb::class_<PyCore>& cls) {
            "retain"_a = false, docs::kAppend)
       .def("append_batch", &append_batch, "branches"_a.none(), "tokens"_a.none(),
            "logprobs"_a = nb::none(), "expected"_a = nb::none(), docs::kAppendBatch)
+      .def("set_logprobs",
+           [](PyCore& s, int64_t b, int64_t start, nb::handle logprobs) {
+             ArrayArg<float> values(logprobs, "logprobs");
+             s.core->set_logprobs(b, start, values.data(), values.size());
+           },
+           "branch"_a, "start"_a, "logprobs"_a.none(), docs::kSetLogprobs)
       .def("rollback", [](PyCore& s, int64_t b, int64_t n) { return s.core->rollback(b, n); },
            "branch"_a, "n"_a, docs::kRollback)
       .def("prune", [](PyCore& s, int64_t b) { return s.core->prune(b); }, "branch"_a,

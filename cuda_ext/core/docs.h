@@ -47,6 +47,9 @@ inline constexpr const char* kNumComputed =
 inline constexpr const char* kTokens = "Token ids from `start` on, int32[num_tokens - start].";
 inline constexpr const char* kLogprobs =
     "Logprobs from `start` on, float32[num_tokens - start], NaN where none was given.";
+inline constexpr const char* kSetLogprobs =
+    "Write the logprobs (float32[n]) of n tokens from `start` on: those of tokens that were appended\n"
+    "before they were known. Branches that share the tokens share them.";
 inline constexpr const char* kPending =
     "num_tokens - num_computed of each branch, int32[n]; -1 for a stale handle.";
 inline constexpr const char* kPlan =

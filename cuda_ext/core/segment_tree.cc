@@ -38,6 +38,15 @@ void SegmentTree::copy_logprobs(const Segment* tail, int32_t start, float* out) 
   }
 }
 
+void SegmentTree::set_logprobs(Segment* tail, int32_t start, int32_t stop, const float* values) {
+  for (Segment* s = tail; s && s->end() > start; s = s->parent) {
+    const int32_t from = std::max(start, s->start), to = std::min(stop, s->end());
+    if (from >= to) continue;
+    std::copy(values + (from - start), values + (to - start),
+              s->logprobs.begin() + (from - s->start));
+  }
+}
+
 int32_t SegmentTree::num_computed(const Segment* tail) {
   while (tail->computed == tail->start && tail->parent) tail = tail->parent;
   return tail->computed;

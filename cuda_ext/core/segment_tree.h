@@ -69,6 +69,7 @@ class SegmentTree {
   // Tokens [start, stop) of the chain that ends in `tail`, stop <= tail->end().
   void copy_tokens(const Segment* tail, int32_t start, int32_t stop, int32_t* out) const;
   void copy_logprobs(const Segment* tail, int32_t start, float* out) const;
+  static void set_logprobs(Segment* tail, int32_t start, int32_t stop, const float* values);
   static int32_t num_computed(const Segment* tail);
 
   // --- structure (segment_tree.cc) ---

@@ -234,6 +234,15 @@ std::vector<float> TreeCore::logprobs(Handle branch, int64_t start) const {
   return out;
 }
 
+void TreeCore::set_logprobs(Handle branch, int64_t start, const float* values, size_t count) {
+  Lock lock(mutex_);
+  Segment* tail = tail_of(branch);
+  check_range("start", start, 0, tail->end() - static_cast<int64_t>(count),
+              "tokens of the branch less those given");
+  const auto from = static_cast<int32_t>(start);
+  SegmentTree::set_logprobs(tail, from, from + static_cast<int32_t>(count), values);
+}
+
 std::vector<int32_t> TreeCore::pending(const Handle* branches, size_t count) const {
   std::vector<int32_t> out(count, -1);
   Lock lock(mutex_);

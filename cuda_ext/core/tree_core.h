@@ -74,6 +74,7 @@ class TreeCore {
   // `logprobs` and `expected` may be null.
   std::vector<uint8_t> append_batch(const Handle* branches, const int32_t* tokens,
                                     const float* logprobs, const int32_t* expected, size_t count);
+  void set_logprobs(Handle branch, int64_t start, const float* values, size_t count);
   int64_t rollback(Handle branch, int64_t count);
   int64_t prune(Handle branch);
 

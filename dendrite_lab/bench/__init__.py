@@ -26,6 +26,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
         "game24": "dendrite_lab.bench.game24_search:run",
         "gemm": "dendrite_lab.bench.gemm:run",
         "kv-formats": "dendrite_lab.bench.kv_formats:run",
+        "mask": "dendrite_lab.bench.mask:run",
         "memory": "dendrite_lab.bench.memory:run",
         "search": "dendrite_lab.bench.search:run",
         "search-overhead": "dendrite_lab.bench.search_overhead:run",

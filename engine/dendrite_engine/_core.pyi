@@ -190,6 +190,11 @@ class TreeCore:
         """Return the number of tokens, from the first one on, whose K and V are in pages."""
     def tokens(self, branch: int, start: int = 0) -> Int32Array:
         """Return the token ids from position `start` (0 .. num_tokens) on."""
+    def set_logprobs(self, branch: int, start: int, logprobs: FloatArray) -> None:
+        """Write the logprobs (float32[n]) of n tokens from `start` on: those of tokens that were
+        appended before they were known. Branches that share the tokens share them.
+        """
+
     def logprobs(self, branch: int, start: int = 0) -> Float32Array:
         """Return the logprobs from position `start` on; NaN where none was given."""
     def pending(self, branches: IntegerArray) -> Int32Array:

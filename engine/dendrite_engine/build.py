@@ -25,6 +25,7 @@ from dendrite_engine.device.choice import (
 )
 from dendrite_engine.device.parts import DEFAULT_CPU_BYTES, DeviceParts, DeviceRequest, build_device
 from dendrite_engine.device.sampler import DeviceSampler
+from dendrite_engine.grammar.service import GrammarService, ModelVocabulary
 from dendrite_engine.loop import StepLoop
 from dendrite_engine.models.config import ModelConfig
 from dendrite_engine.models.families import read_model_config
@@ -66,6 +67,7 @@ class Parts:
     loop: StepLoop
     max_context: int
     report: dict[str, str]
+    grammars: GrammarService
 
     def verify_guard(self) -> None:
         """Check the page checksums of debug mode; IntegrityError on the first that changed."""
@@ -75,7 +77,11 @@ class Parts:
     def read_report(self) -> dict[str, str]:
         """Which implementation runs each part, and why; a backend may have changed since."""
         attention = self.runner.attention
-        return {**self.report, "attention": f"{attention.name}: {attention.reason}"}
+        return {
+            **self.report,
+            "attention": f"{attention.name}: {attention.reason}",
+            "grammar": self.grammars.report(),
+        }
 
     def read_stats(self) -> EngineStats:
         """Counters of core, pages and loop in one value."""
@@ -104,6 +110,10 @@ class Parts:
             graph_steps=self.runner.graph_steps,
             host_ms_last=self.runner.host_ms,
             speculation=self.loop.speculator.stats(),
+            mask_us_p50=self.decoder.guided.filler.median_mask_us,
+            mask_wait_us_p50=self.decoder.guided.filler.median_wait_us,
+            tokens_forced=self.decoder.guided.tokens_forced,
+            grammars_cached=self.grammars.num_cached,
         )
 
 
@@ -135,12 +145,16 @@ def build_parts(model: str | Path, config: EngineConfig) -> Parts:
         eos_ids=model_config.eos_token_ids,
         max_context=max_context,
         seed=config.seed,
+        mask_seconds=config.grammar_limits.mask_seconds,
+    )
+    vocabulary = ModelVocabulary(
+        tokenizer, model_config.vocab_size, tuple(model_config.eos_token_ids)
     )
     loop = StepLoop(core, side.runner, Scheduler(*limits), decoder, trace, guard)
     _complete_report(side.report, config, core, side.pages)
     return Parts(
         path, model_config, tokenizer, trace, core, side.pages, guard, side.runner, decoder, loop,
-        max_context, side.report,
+        max_context, side.report, GrammarService(vocabulary, config.grammar_limits),
     )  # fmt: skip
 
 

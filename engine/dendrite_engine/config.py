@@ -41,6 +41,57 @@ def parse_bytes(value: int | str, name: str = "kv_budget") -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarLimits:
+    """How much a grammar may cost; what goes beyond is refused, or ends its branch.
+
+    The fuels are llguidance's (its ParserLimits): they bound work in a way that does not depend on
+    the machine. The seconds are what is left to say where fuel does not count.
+
+    Attributes:
+        compile_seconds: wall clock of compiling one grammar, its first mask included.
+        mask_seconds: wall clock of filling the mask of one branch; it gets a second try on its own.
+        cache_bytes: estimated bytes of compiled grammars that are kept.
+        source_bytes: length of a grammar's text.
+        properties: properties of one object of a JSON schema.
+        lexer_fuel: work on the terminals when a grammar is compiled.
+        step_lexer_fuel: work on terminals for one mask, about 14,000 a millisecond.
+        step_items: parser items for one mask, about 20,000 a millisecond.
+        row_items: parser items of one row.
+        lexer_states: states of the terminals' automaton, 1 to 2 kB each.
+        symbols: symbols in all productions.
+        threads: threads that fill masks; None: up to 8, one less than there are cores.
+    """
+
+    compile_seconds: float = 0.5
+    mask_seconds: float = 0.3
+    cache_bytes: int | str = "64MiB"
+    source_bytes: int | str = "256KiB"
+    properties: int = 2000
+    lexer_fuel: int = 1_000_000
+    step_lexer_fuel: int = 200_000
+    step_items: int = 50_000
+    row_items: int = 2000
+    lexer_states: int = 50_000
+    symbols: int = 200_000
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("compile_seconds", "mask_seconds"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise InvalidArgument(f"GrammarLimits.{name} must be seconds > 0, got {value!r}")
+        for name in ("cache_bytes", "source_bytes"):
+            parse_bytes(getattr(self, name), f"GrammarLimits.{name}")
+        for name in (
+            "properties", "lexer_fuel", "step_lexer_fuel", "step_items", "row_items",
+            "lexer_states", "symbols",
+        ):  # fmt: skip
+            _positive(f"GrammarLimits.{name}", getattr(self, name))
+        if self.threads is not None:
+            _positive("GrammarLimits.threads", self.threads)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Settings of one engine; immutable. `Engine.from_pretrained` builds it from its keywords.
 
@@ -77,6 +128,7 @@ class EngineConfig:
         core: "auto", "native" or "reference": which page-and-tree core to use.
         graph_rows: on CUDA, batches of up to this many rows are padded to a few sizes and run as
             CUDA graphs; 0 turns both off.
+        grammar_limits: what the grammars of `Branch.constrain` may cost.
         weights: "safetensors", or "random": seeded numbers of the shapes in config.json, so that
             benchmarks need no weight files.
     """
@@ -101,6 +153,7 @@ class EngineConfig:
     max_context: int | None = None
     core: str = "auto"
     graph_rows: int = 256
+    grammar_limits: GrammarLimits = field(default_factory=GrammarLimits)
     weights: str = "safetensors"
 
     def __post_init__(self) -> None:
@@ -128,6 +181,10 @@ class EngineConfig:
             )
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_layers(self.kv_layers)
+        if not isinstance(self.grammar_limits, GrammarLimits):
+            raise InvalidArgument(
+                f"grammar_limits must be GrammarLimits, got {type(self.grammar_limits).__name__}"
+            )
         _choice("core", self.core, ("auto", "native", "reference"))
         _choice("weights", self.weights, ("safetensors", "random"))
 

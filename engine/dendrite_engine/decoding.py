@@ -8,17 +8,21 @@ events and results; with a device it runs while the device computes the next ste
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from dendrite_engine.drawn import Drawn, Launch, forced_top, rows_of_top
 from dendrite_engine.errors import NumericError, OutOfPages, StaleBranch
+from dendrite_engine.forward import Extra
+from dendrite_engine.grammar.guide import allowed_ids
+from dendrite_engine.grammar.masks import MaskFiller
+from dendrite_engine.guided import ForcedRun, Guided, top_allowed
 from dendrite_engine.jobs import Job
 from dendrite_engine.lanes import DecodingLane, LaneGroup
 from dendrite_engine.models.tokenizer import Tokenizer
-from dendrite_engine.sampling import PendingTokens, SamplerState, TokenSampler
+from dendrite_engine.sampling import SamplerState, TokenSampler
 from dendrite_engine.sampling_params import SamplingParams
 from dendrite_engine.scheduler import Lane
 from dendrite_engine.trace import Trace
@@ -28,58 +32,14 @@ from dendrite_engine.types import FinishReason, TokenAlternative, TokenEvent
 _OUT_OF_PAGES, _STALE, _CHANGED, NOT_FINITE = 1, 2, 3, 4
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """Tokens of a group that are being sampled.
-
-    Attributes:
-        group: the lanes.
-        held: tokens that each branch held when its logits were computed, i32 [n].
-        tokens: what comes out of it.
-        top: (ids, log-probabilities) of the alternatives of the lanes that report any, or None.
-    """
-
-    group: LaneGroup
-    held: np.ndarray
-    tokens: PendingTokens
-    top: PendingTokens | None
-
-
-@dataclass(slots=True)
-class Drawn:
-    """Tokens that were appended and are not reported yet.
-
-    Attributes:
-        lanes: the lanes that got a token.
-        tokens: i32 [n], logprobs f32 [n].
-        logprobs: see tokens.
-        reasons: row -> why it ended with this token.
-        texts: row -> text of the token, where it had to be known to decide.
-        top: row -> (ids, log-probabilities) of the most likely tokens.
-        refused: lanes that got none and end.
-    """
-
-    lanes: Sequence[DecodingLane]
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    reasons: dict[int, FinishReason] = field(default_factory=dict)
-    texts: dict[int, str] = field(default_factory=dict)
-    top: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    refused: list[tuple[DecodingLane, FinishReason, Exception]] = field(default_factory=list)
-
-    @property
-    def ended(self) -> set[Lane]:
-        """Lanes that do not go on."""
-        return {self.lanes[row] for row in self.reasons} | {lane for lane, _, _ in self.refused}
-
-
 class Decoder:
     """Turns logits into tokens for all lanes of a step at once.
 
     Attributes:
-        tokens_generated: tokens sampled so far.
+        tokens_generated: tokens sampled so far, and those that a grammar forced.
         max_context: tokens that a branch may hold.
         vocab_size: ids below it are tokens.
+        guided: what concerns lanes with a grammar.
     """
 
     def __init__(
@@ -92,6 +52,7 @@ class Decoder:
         eos_ids: Sequence[int],
         max_context: int,
         seed: int,
+        mask_seconds: float = 1.0,
     ) -> None:
         self._core, self._sampler = core, sampler
         self._tokenizer, self._trace = tokenizer, trace
@@ -99,20 +60,24 @@ class Decoder:
         self._is_eos[[token for token in eos_ids if token < sampler.vocab_size]] = True
         self.max_context, self._seed = max_context, seed
         self.vocab_size = sampler.vocab_size
+        filler = MaskFiller(sampler.vocab_size, mask_seconds)
+        self.guided = Guided(core, trace, filler, self._is_eos, max_context)
         self.tokens_generated = 0
 
     def open_lane(self, job: Job, index: int, params: SamplingParams, arrival: int) -> DecodingLane:
         """The lane of one branch of a generating job."""
         branch = job.branches[index]
         seed = self._seed if params.seed is None else params.seed
+        guide = self.guided.open(branch)
         lane = DecodingLane(
             job,
             index,
             branch,
             branch._handle,
             arrival,
-            sampler=SamplerState(params, seed, branch.path_key),
+            sampler=SamplerState(params, seed, branch.path_key, masked=guide is not None),
             decoder=self._tokenizer.stream(),
+            guide=guide,
         )
         if params.has_penalties:
             self._load_context(lane)
@@ -128,15 +93,39 @@ class Decoder:
         size = min(len(ids), len(logprobs))  # it may grow in between
         lane.sampler.load(ids[:size], ~np.isnan(logprobs[:size]))
 
-    def top(self, logits: torch.Tensor, rows: np.ndarray, k: int) -> list[list[TokenAlternative]]:
-        """The k most likely next tokens of the rows i64 [n] of logits fp32 [R, vocab]."""
+    def release(self, lane: Lane) -> None:
+        """A lane has ended: its branch is free again."""
+        if isinstance(lane, DecodingLane):
+            self.guided.release(lane)
+        lane.branch._busy = False
+
+    def top(
+        self, logits: torch.Tensor, rows: np.ndarray, wanted: Sequence[tuple[Lane, Any]]
+    ) -> list[list[TokenAlternative]]:
+        """The most likely next tokens of the rows i64 [n] of logits fp32 [R, vocab], as many as
+        the job of each lane of `wanted` asks for; of a branch with a grammar those that it allows.
+        """
+        lanes = [lane for lane, _ in wanted]
+        k = max(lane.job.top_k for lane in lanes)
         ids, values = self._sampler.begin_top(logits, rows, k).wait()
-        return [self._alternatives(*row) for row in zip(ids, values, strict=True)]
+        found = []
+        for row, lane in enumerate(lanes):
+            mask, best = lane.job.masks[lane.index], (ids[row], values[row])
+            if mask is not None:
+                allowed = allowed_ids(mask, logits.shape[1])
+                best = top_allowed(logits[int(rows[row])], allowed, k)
+            found.append(self._alternatives(*best)[: lane.job.top_k])
+        return found
 
     # -- what the next forward pass waits for -------------------------------------------------
 
     def begin(
-        self, group: LaneGroup, logits: torch.Tensor, rows: np.ndarray, held: np.ndarray
+        self,
+        group: LaneGroup,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        held: np.ndarray,
+        extra: Sequence[Extra] = (),
     ) -> Launch:
         """Start sampling one token for each lane.
 
@@ -145,15 +134,32 @@ class Decoder:
             logits: fp32 [R, vocab].
             rows: row of each lane in logits, i64 [n].
             held: tokens that each branch held when they were computed, i32 [n].
+            extra: rows of the logits that speak about tokens without a choice.
         """
-        top = None
-        if group.with_top:
-            top = self._sampler.begin_top(logits, rows[group.with_top], group.num_top)
-        tokens = self._sampler.begin(logits, rows, group.settings, held)
-        return Launch(group, held, tokens, top)
+        forced = self.guided.forced_rows(extra) if extra else None
+        top, with_top, num_top = None, list(group.with_top), group.num_top
+        settings, masks, every = group.settings, self.guided.masks(group), rows
+        if forced is not None:
+            wanting = [i for i, lane in enumerate(forced.lanes) if lane.params.logprobs]
+            with_top += [len(rows) + i for i in wanting]
+            num_top = max([num_top, *(forced.lanes[i].params.logprobs for i in wanting)])
+            settings, masks = self.guided.with_forced(settings, masks, forced)
+            every = np.concatenate((rows, forced.rows))
+            held = np.concatenate((held, np.zeros(len(forced.rows), np.int32)))
+        if with_top:
+            top = self._sampler.begin_top(logits, every[with_top], num_top)
+        if masks is None:
+            tokens = self._sampler.begin(logits, every, settings, held)
+        else:
+            tokens = self._sampler.begin(logits, every, settings, held, masks)
+        return Launch(group, held[: len(rows)], tokens, top, forced)
 
     def going_on(self, launch: Launch) -> np.ndarray:
-        """Which lanes need another token after this one, unless the token itself ends them."""
+        """Which lanes need another token after this one, unless the token itself ends them; none
+        where a grammar is likely to append several at once.
+        """
+        if launch.group.with_guides and not self.guided.is_calm:
+            return np.zeros(len(launch.group), bool)
         goes_on: np.ndarray = (launch.group.left > 1) & (launch.held < self.max_context - 1)
         return goes_on
 
@@ -162,9 +168,26 @@ class Decoder:
 
         A branch that changed since its logits were computed gets no token and goes on.
         """
-        group, held = launch.group, launch.held
+        group, held, count = launch.group, launch.held, len(launch.group)
         tokens, logprobs = launch.tokens.wait()
-        top = {} if launch.top is None else _rows(group.with_top, *launch.top.wait())
+        top = {} if launch.top is None else rows_of_top(launch, *launch.top.wait())
+        runs: list[ForcedRun] = []
+        if launch.forced is not None or group.with_guides:
+            runs = self.guided.settle(group, launch.forced, logprobs[count:])
+        drawn = self._append(group, tokens[:count], logprobs[:count], held, top)
+        drawn.forced = runs
+        if launch.forced is not None:
+            drawn.forced_top = forced_top(launch.forced, count, top)
+        return drawn
+
+    def _append(
+        self,
+        group: LaneGroup,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        held: np.ndarray,
+        top: dict[int, tuple[np.ndarray, np.ndarray]],
+    ) -> Drawn:
         if not np.count_nonzero(tokens < 0):
             status = self._core.append_batch(group.handles, tokens, logprobs, held)
         else:
@@ -226,13 +249,28 @@ class Decoder:
         for row in group.with_penalties:
             group.lanes[row].sampler.accept(int(tokens[row]))
         drawn = Drawn(group.lanes, tokens, logprobs, top=top)
-        self._find_ended(drawn, group, held)
+        if not group.with_guides:
+            self._find_ended(drawn, group, held, None)
+            return drawn
+        self._find_ended(drawn, group, held, self.guided.read(group, tokens))
+        self.tokens_generated += self.guided.go_on(group, drawn.reasons, held)
         return drawn
 
-    def _find_ended(self, drawn: Drawn, group: LaneGroup, held: np.ndarray) -> None:
-        """Fill `reasons`; of several the first counts: eos, stop, length, context_full."""
+    def _find_ended(
+        self, drawn: Drawn, group: LaneGroup, held: np.ndarray, complete: np.ndarray | None
+    ) -> None:
+        """Fill `reasons`; of several the first counts: eos, stop, length, context_full.
+
+        Args:
+            drawn: whose reasons.
+            group: its lanes.
+            held: tokens of their branches before these, i32 [n].
+            complete: which grammars allow nothing more, bool [n].
+        """
         eos = self._is_eos.take(drawn.tokens) & group.ends_on_eos
         stopped = self._stopped(drawn, group)
+        if complete is not None:
+            stopped = complete if stopped is None else stopped | complete
         length, full = group.left <= 0, held >= self.max_context - 1
         ended = eos | length | full
         if stopped is not None:
@@ -268,6 +306,7 @@ class Decoder:
         lane = group.lanes[row]
         branch_id = lane.branch.id
         if status == _CHANGED:
+            self.guided.reopen(lane)
             if lane.params.has_penalties:
                 self._load_context(lane)
             return
@@ -277,6 +316,8 @@ class Decoder:
         elif status == _STALE:
             error = StaleBranch(f"branch {branch_id} was pruned")
             drawn.refused.append((lane, "stale", error))
+        elif verdict := self.guided.verdict(lane):
+            drawn.refused.append((lane, *verdict))
         else:
             no_token = NumericError(f"branch {branch_id}: the model's logits are not finite")
             drawn.refused.append((lane, "numeric_error", no_token))
@@ -296,6 +337,8 @@ class Decoder:
 
     def report(self, drawn: Drawn, close: Callable[[Lane], None]) -> None:
         """Tell the jobs about their tokens; `close` is called on lanes that have ended."""
+        for run in drawn.forced:
+            self._report_run(run, drawn)
         reasons, texts, top = drawn.reasons, drawn.texts, drawn.top
         rows = zip(drawn.lanes, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True)
         for row, (lane, token, logprob) in enumerate(rows):
@@ -317,11 +360,22 @@ class Decoder:
             self.end(lane, reason, error)
             close(lane)
 
+    def _report_run(self, run: ForcedRun, drawn: Drawn) -> None:
+        lane = run.lane
+        for place, (token, value) in enumerate(zip(run.tokens, run.logprobs, strict=True)):
+            best = drawn.forced_top.get((lane, place))
+            likely = [] if best is None else self._alternatives(*best)[: lane.params.logprobs]
+            text = lane.decoder.push(token)
+            logprob = None if np.isnan(value) else value
+            event = TokenEvent(lane.branch, token, text, logprob, tuple(likely))
+            lane.job.deliver(lane.index, event)
+
     def end(self, lane: Lane, reason: FinishReason, error: Exception | None = None) -> None:
         """Report the end of a lane that got no further token."""
         if error is not None and reason not in ("stale", "cancelled"):
             self._trace.append("error", lane.branch.id, {"error": str(error)})
         if isinstance(lane, DecodingLane):
+            self.guided.take_back(lane)
             text = lane.decoder.finish()
         elif error is None:
             return
@@ -338,9 +392,3 @@ class Decoder:
         piece = self._tokenizer.piece
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
         return [TokenAlternative(token, piece(token), value) for token, value in pairs]
-
-
-def _rows(
-    rows: Sequence[int], ids: np.ndarray, values: np.ndarray
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    return {row: (ids[i], values[i]) for i, row in enumerate(rows)}

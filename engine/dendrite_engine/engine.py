@@ -60,6 +60,7 @@ class Engine(SavesBranches):
         trace: append-only log of everything that happened.
         core: the page pool and segment tree (native, or its Python twin).
         max_context: tokens a branch may hold.
+        grammars: compiles and attaches grammars, see `Branch.constrain`.
 
     Example:
         >>> engine = Engine.from_pretrained()                              # doctest: +SKIP
@@ -76,6 +77,7 @@ class Engine(SavesBranches):
         self.trace: Trace = parts.trace
         self.core = parts.core
         self.max_context = parts.max_context
+        self.grammars = parts.grammars
         self._parts = parts
         self._loop = parts.loop
         self._branches: dict[int, Branch] = {}
@@ -247,8 +249,11 @@ class Engine(SavesBranches):
     def top_tokens(self, branches: Sequence[Branch], k: int) -> list[list[TokenAlternative]]:
         """The `k` most likely next tokens of each branch, most likely first; one forward at most.
 
+        Of a branch with a grammar only tokens that it allows, which may be fewer than `k`.
+
         Raises:
             InvalidArgument: k is not in 1..vocab_size.
+            GrammarError: a branch's grammar can't say what it allows.
             StaleBranch: a branch was pruned or belongs to another engine.
         """
         if (
@@ -259,7 +264,7 @@ class Engine(SavesBranches):
             raise InvalidArgument(f"k must be in 1..{self.model_config.vocab_size}, got {k!r}")
         for branch in branches:
             self._check_own(branch)
-        return self._compute(branches, top_k=k).alternatives
+        return self._compute(branches, top_k=k, masks=self.grammars.masks(branches)).alternatives
 
     def extend(
         self,
@@ -379,9 +384,9 @@ class Engine(SavesBranches):
             raise StaleBranch(f"branch {branch.id} belongs to another engine")
         branch._check_alive()
 
-    def _compute(self, branches: Sequence[Branch], *, priority: int = 0, top_k: int = 0) -> Job:
+    def _compute(self, branches: Sequence[Branch], **options: Any) -> Job:
         """Make next-token logits available for `branches` and wait."""
-        job = self._start(Job(branches, None, priority=priority, top_k=top_k))
+        job = self._start(Job(branches, None, **options))
         for completion in wait_for(job):
             if completion.error is not None:
                 raise completion.error

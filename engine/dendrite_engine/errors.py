@@ -81,6 +81,24 @@ class NumericError(DendriteError):
     """The model produced NaN or Inf logits for a branch; it was ended, nothing was sampled."""
 
 
+class InvalidGrammar(InvalidArgument):
+    """A grammar was refused when it was to be attached: malformed, unsatisfiable, too large or too
+    slow to compile. Nothing was attached or allocated.
+    """
+
+
+class GrammarError(DendriteError):
+    """The grammar of a branch can't say what may come next: its matcher failed or ran out of fuel,
+    or the branch holds tokens that the grammar does not allow. Only that branch is concerned.
+    """
+
+
+class DeadEnd(GrammarError):
+    """The grammar of a branch allows no token at all here; the branch was ended, nothing was
+    sampled.
+    """
+
+
 class IntegrityError(DendriteError):
     """A recount of references disagrees with the books: a bug in the engine. Please report it."""
 

@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,43 @@ from dendrite_engine.trace import Trace
 from dendrite_engine.tree.branch import LogitsRow
 
 
+class Wanted(NamedTuple):
+    """Rows of a branch whose logits are wanted besides its last one.
+
+    Attributes:
+        handle: the branch.
+        start: position of the first of these rows.
+        size: how many.
+    """
+
+    handle: int
+    start: int
+    size: int
+
+
+class Extra(NamedTuple):
+    """What became of a Wanted.
+
+    Attributes:
+        handle: the branch.
+        rows: row of the logits for each, i64 [size]; -1: not computed by this pass.
+    """
+
+    handle: int
+    rows: np.ndarray
+
+
+class _WithRows:
+    """A plan that asks for the logits of more rows; all else is the plan's own."""
+
+    def __init__(self, plan: Plan, rows: np.ndarray) -> None:
+        self._plan = plan
+        self.logits_row = np.concatenate((plan.logits_row, rows.astype(np.int32)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
+
+
 @dataclass(frozen=True, slots=True)
 class Flight:
     """A forward pass that was launched; with a device its logits may not be there yet.
@@ -31,6 +68,7 @@ class Flight:
         rows: row of each lane in logits, i64 [n]; -1: it needs more forward passes.
         held: tokens that each branch held when it was planned, i32 [n]; only where it has a row.
         plan: what it computes, closed.
+        extra: rows of the logits that were wanted on top.
     """
 
     chosen: np.ndarray | None
@@ -38,6 +76,7 @@ class Flight:
     rows: np.ndarray
     held: np.ndarray
     plan: Plan
+    extra: Sequence[Extra] = ()
 
 
 class EveryRow:
@@ -93,7 +132,9 @@ class ForwardPass:
         self.step_ms: deque[float] = deque(maxlen=256)
         self.num_ahead = self.num_in_vain = 0
 
-    def launch(self, selection: Selection, *, every_row: bool = False) -> Flight | None:
+    def launch(
+        self, selection: Selection, wanted: Sequence[Wanted] = (), *, every_row: bool = False
+    ) -> Flight | None:
         """Start the pass over these lanes; None when one of them was pruned this moment.
 
         With `every_row`, `rows` and `held` of the flight have an entry for each token computed: all
@@ -109,8 +150,9 @@ class ForwardPass:
             plan.cancel()
             return None
         self._guard_before()
+        places = self._find_rows(plan, wanted)
         try:
-            logits, rows = self._runner.run(plan)
+            logits, rows = self._runner.run(_with_rows(plan, places))
         except BaseException:
             plan.cancel()
             raise
@@ -121,7 +163,27 @@ class ForwardPass:
         plan.commit()  # what is launched later reads the pages after they were written
         self._guard_after()
         self._note_time()
-        return Flight(selection.chosen, logits, rows, held, plan)
+        lanes = len(plan.logits_row)
+        extra = _extras(wanted, places, rows[lanes:]) if len(rows) > lanes else ()
+        return Flight(selection.chosen, logits, rows[:lanes], held, plan, extra)
+
+    def _find_rows(self, plan: Plan, wanted: Sequence[Wanted]) -> np.ndarray:
+        """Row in the plan of every row wanted, or -1, i64 [m]: the one that writes its slot."""
+        if not wanted:
+            return np.zeros(0, np.int64)
+        order = np.argsort(plan.slots, kind="stable")
+        slots, size, found = plan.slots[order], self._core.page_size, []
+        for handle, start, count in wanted:
+            try:
+                _, pages, _ = self._core.page_tables([handle])
+            except StaleBranch:
+                found.append(np.full(count, -1, np.int64))
+                continue
+            positions = np.arange(start, start + count)
+            mine = pages[positions // size] * size + positions % size
+            places = np.minimum(np.searchsorted(slots, mine), len(slots) - 1)
+            found.append(np.where(slots[places] == mine, order[places], -1))
+        return np.concatenate(found)
 
     def launch_ahead(
         self, flight: Flight, goes_on: np.ndarray, order: np.ndarray | None, drawn: torch.Tensor
@@ -197,6 +259,22 @@ class ForwardPass:
             # holder.
             self._guard.before_step(taken, freed, [])
             self._guard.after_step([page for page in sealed if page not in {*taken, *freed}])
+
+
+def _with_rows(plan: Plan, places: np.ndarray) -> Any:
+    asked = places[places >= 0]
+    return _WithRows(plan, asked) if len(asked) else plan
+
+
+def _extras(wanted: Sequence[Wanted], places: np.ndarray, rows: np.ndarray) -> list[Extra]:
+    """Rows of the logits i64 [asked] as one entry for each Wanted."""
+    every = np.full(len(places), -1, np.int64)
+    every[places >= 0] = rows
+    ends = np.cumsum([item.size for item in wanted])
+    return [
+        Extra(item.handle, every[end - item.size : end])
+        for item, end in zip(wanted, ends.tolist(), strict=True)
+    ]
 
 
 def gather_rows(rows: Sequence[LogitsRow]) -> tuple[torch.Tensor, np.ndarray]:

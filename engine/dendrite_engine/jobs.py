@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dendrite_engine.errors import DendriteError
 from dendrite_engine.types import Completion, TokenAlternative, TokenEvent
@@ -26,6 +26,7 @@ class Job:
         priority: higher runs first when not everything fits one step.
         values: one number per branch; of branches served equally long ago, higher runs first.
         top_k: how many next-token alternatives to report once logits are there.
+        masks: for each branch None, or which tokens may be among them, as i32 bitmasks.
         alternatives: those alternatives, one list per branch.
         guessing: what guesses its tokens; None: they come one by one.
     """
@@ -40,6 +41,7 @@ class Job:
         values: Sequence[float] | None = None,
         top_k: int = 0,
         guessing: Guessing | None = None,
+        masks: Sequence[Any] = (),
     ) -> None:
         self.branches = tuple(branches)
         self.guessing = guessing
@@ -47,6 +49,7 @@ class Job:
         self.priority = priority
         self.values = values
         self.top_k = top_k
+        self.masks = list(masks) or [None] * len(self.branches)
         self.alternatives: list[list[TokenAlternative]] = [[] for _ in self.branches]
         self.error: BaseException | None = None
         self._completions = [Completion(branch) for branch in self.branches]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dendrite_engine.errors import StaleBranch
+from dendrite_engine.grammar.masks import LaneGuide
 from dendrite_engine.models.tokenizer import StreamDecoder
 from dendrite_engine.sampling import SamplerState, SamplingRows
 from dendrite_engine.sampling_params import SamplingParams
 from dendrite_engine.scheduler import Lane, Waiting
 from dendrite_engine.tree.branch import Branch, LogitsRow
 
-_ENDS_ON_EOS, _STOP_IDS, _STOP_TEXTS, _PENALTIES, _TOP = 1, 2, 4, 8, 16
+_ENDS_ON_EOS, _STOP_IDS, _STOP_TEXTS, _PENALTIES, _TOP, _GUIDED = 1, 2, 4, 8, 16, 32
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -27,11 +28,16 @@ class DecodingLane(Lane):
         sampler: sampling state.
         decoder: streaming detokeniser.
         tail: the last characters generated, for stop strings.
+        guide: its grammar, or None.
+        forced: tokens at the end of the branch that its grammar left no choice for; they are
+            reported once the model has said how likely they were.
     """
 
     sampler: SamplerState
     decoder: StreamDecoder
     tail: str = ""
+    guide: LaneGuide | None = None
+    forced: list[int] = field(default_factory=list)
 
     @property
     def params(self) -> SamplingParams:
@@ -48,6 +54,7 @@ class DecodingLane(Lane):
             + bool(params.stop) * _STOP_TEXTS
             + params.has_penalties * _PENALTIES
             + bool(params.logprobs) * _TOP
+            + (self.guide is not None) * _GUIDED
         )
 
 
@@ -67,6 +74,7 @@ class LaneGroup:
         with_stop_texts: rows that a string may end.
         with_penalties: rows whose next token depends on which came before.
         with_top: rows that report alternatives.
+        with_guides: rows whose branch has a grammar.
         num_top: most alternatives that a row reports.
     """
 
@@ -88,6 +96,7 @@ class LaneGroup:
         self.with_stop_texts = self._rows_with(_STOP_TEXTS)
         self.with_penalties = self._rows_with(_PENALTIES)
         self.with_top = self._rows_with(_TOP)
+        self.with_guides = self._rows_with(_GUIDED)
         self.num_top = max((lanes[row].params.logprobs for row in self.with_top), default=0)
 
     @classmethod

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from dendrite_engine.cache.pages import PageGuard
-from dendrite_engine.decoding import Decoder, Drawn, Launch
+from dendrite_engine.decoding import Decoder
+from dendrite_engine.drawn import Drawn, Launch
 from dendrite_engine.errors import EngineClosed, StaleBranch
 from dendrite_engine.forward import Ahead, Flight, ForwardPass, gather_rows
 from dendrite_engine.jobs import Job
@@ -142,6 +143,7 @@ class StepLoop:
                 self._fail_all(self._forward.diagnose(error))
         self._receive(block=False)
         self._fail_all(EngineClosed("the engine was closed while the job ran"))
+        self._decoder.guided.close()
 
     def _receive(self, *, block: bool) -> None:
         """Take everything from the inbox; wait for the first item when there is nothing to do."""
@@ -232,7 +234,7 @@ class StepLoop:
                 if self.speculator and (step := self._launch_drafts(selection)) is not None:
                     return step
                 # None: pruned since they were chosen; the next step ends such lanes.
-                flight = self._forward.launch(selection)
+                flight = self._forward.launch(selection, self._decoder.guided.prepare())
                 return None if flight is None else self._begin(flight)
             for lane in selection.stale:
                 error = StaleBranch(f"branch {lane.branch.id} was pruned")
@@ -240,10 +242,13 @@ class StepLoop:
         return None
 
     def _launch_drafts(self, selection: Selection) -> Step | None:
-        """Start a pass that verifies guesses; None where there are none, or more is to be done."""
-        if selection.chosen is not None or self._roster.probes:
+        """Start a pass that verifies guesses; None where there are none, or more is to be done, or
+        a lane of the step has a grammar, which may append several tokens by itself.
+        """
+        roster = self._roster
+        if selection.chosen is not None or roster.probes or roster.group.with_guides:
             return None
-        drafts = self.speculator.draft(self._roster.group)
+        drafts = self.speculator.draft(roster.group)
         if drafts is None:
             return None
         flight = self._forward.launch(drafts.selection, every_row=True)
@@ -272,9 +277,9 @@ class StepLoop:
         places = np.arange(len(rows)) if flight.chosen is None else flight.chosen
         mine = np.flatnonzero((rows >= 0) & (places < size))
         launch: Launch | None = None
-        if len(mine):
-            group = roster.group.take(places[mine])
-            launch = self._decoder.begin(group, flight.logits, rows[mine], held[mine])
+        if len(mine) or flight.extra:
+            some = roster.group.take(places[mine])
+            launch = self._decoder.begin(some, flight.logits, rows[mine], held[mine], flight.extra)
         probes = [
             (roster.probes[places[i] - size], LogitsRow(int(held[i]), flight.logits, int(rows[i])))
             for i in np.flatnonzero((rows >= 0) & (places >= size)).tolist()
@@ -332,10 +337,9 @@ class StepLoop:
         """End lanes that only wanted logits; `keep`: the logits may stay where they are."""
         wanted = [(lane, row) for lane, row in ready if lane.job.top_k]
         if wanted:
-            k = max(lane.job.top_k for lane, _ in wanted)
-            top = self._decoder.top(*gather_rows([row for _, row in wanted]), k)
+            top = self._decoder.top(*gather_rows([row for _, row in wanted]), wanted)
             for (lane, _), likely in zip(wanted, top, strict=True):
-                lane.job.alternatives[lane.index] = likely[: lane.job.top_k]
+                lane.job.alternatives[lane.index] = likely
         for lane, row in ready:
             if not keep or row.tensor.shape[0] > 1:  # do not keep the other rows of the step alive
                 copy = row.tensor[row.row].clone()[None]
@@ -366,13 +370,14 @@ class StepLoop:
     def _close(self, lane: Lane) -> None:
         lane.branch._busy = False
         self.speculator.close(lane)
+        self._decoder.release(lane)
         lanes = self._open[lane.job]
         lanes.discard(lane)
         if lanes:
             return
         del self._open[lane.job]
-        ids = [branch.id for branch in lane.job.branches]
-        self._trace.append("job", 0, {"state": "finish", "branches": ids})
+        branches = lane.job.branches
+        self._trace.append("job", 0, {"state": "finish", "branches": [b.id for b in branches]})
         self._finish(lane.job)
 
     def _finish(self, job: Job, error: BaseException | None = None) -> None:
@@ -395,6 +400,6 @@ class StepLoop:
         self._roster, self._fresh, self._next = Roster(), [], None
         for lanes in jobs.values():
             for lane in lanes:
-                lane.branch._busy = False
+                self._decoder.release(lane)
         for job in jobs:
             self._finish(job, error)

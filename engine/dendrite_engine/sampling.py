@@ -69,6 +69,7 @@ class SamplerState:
         path_key: key of the branch's path, see `child_key`.
         counts: token id -> occurrences in the text generated so far (penalties only).
         context_ids: ids of prompt and output (repetition penalty only).
+        masked: a bitmask says each time which tokens may be chosen.
     """
 
     params: SamplingParams
@@ -76,6 +77,7 @@ class SamplerState:
     path_key: int
     counts: dict[int, int] = field(default_factory=dict)
     context_ids: set[int] = field(default_factory=set)
+    masked: bool = False
 
     def accept(self, token_id: int) -> None:
         """Account for a token that was generated."""
@@ -104,6 +106,7 @@ class SamplingRows:
         top_k: i32 [R].
         seeds, path_keys: u64 [R].
         special: rows with penalties or a logit bias, and their states.
+        masked: rows that get a bitmask with every step, bool [R].
         packed: the same for a device, when it was needed; see device.sampler.
         masks: row -> bitmask i32 [ceil(vocab / 32)] of what it may become; host kernels only.
     """
@@ -115,10 +118,11 @@ class SamplingRows:
         seeds: np.ndarray,
         path_keys: np.ndarray,
         special: dict[int, SamplerState],
+        masked: np.ndarray,
     ) -> None:
         self.floats, self.top_k = floats, top_k
         self.seeds, self.path_keys = seeds, path_keys
-        self.special = special
+        self.special, self.masked = special, masked
         self.packed: SamplingTable | None = None
         self.masks: dict[int, np.ndarray] = {}
 
@@ -132,6 +136,7 @@ class SamplingRows:
             np.array([state.seed & _MASK for state in states], np.uint64),
             np.array([state.path_key for state in states], np.uint64),
             {i: s for i, s in enumerate(states) if s.params.has_penalties or s.params.logit_bias},
+            np.array([state.masked for state in states], bool),
         )
 
     def __len__(self) -> int:
@@ -149,6 +154,7 @@ class SamplingRows:
             self.seeds.take(rows),
             self.path_keys.take(rows),
             special,
+            self.masked.take(rows),
         )
 
     def joined(self, other: SamplingRows) -> SamplingRows:
@@ -160,6 +166,7 @@ class SamplingRows:
             np.concatenate((self.seeds, other.seeds)),
             np.concatenate((self.path_keys, other.path_keys)),
             {**self.special, **special},
+            np.concatenate((self.masked, other.masked)),
         )
 
     @cached_property
@@ -195,13 +202,28 @@ class SamplingRows:
         indptr = np.cumsum(lengths, dtype=np.int32)
         return indptr, np.array(ids, np.int32), np.array(counts, np.int32)
 
-    def batch(self, positions: np.ndarray) -> SamplingBatch:
-        """Settings of one step for the host's kernels; the new tokens take these positions [R]."""
+    @cached_property
+    def mask_rows(self) -> np.ndarray:
+        """Which of the step's bitmasks each row uses, i32 [R]; -1: none."""
+        rows: np.ndarray = np.where(self.masked, np.cumsum(self.masked) - 1, -1).astype(np.int32)
+        return rows
+
+    def batch(self, positions: np.ndarray, masks: np.ndarray | None = None) -> SamplingBatch:
+        """Settings of one step for the host's kernels.
+
+        Args:
+            positions: position of each row's new token, [R].
+            masks: bitmasks of the masked rows, in their order, i32 [m, ceil(vocab / 32)].
+        """
         draws = np.zeros(len(self), np.float64)
         if self.draws:
             draws = uniform_rows(self.seeds, self.path_keys, positions)
             draws[self.floats[0] <= 0] = 0.0
-        return self._batch(draws, self.penalties())
+        mask = None
+        if masks is not None:
+            mask = np.full((len(self), masks.shape[1]), -1, np.int32)
+            mask[self.masked] = masks
+        return self._batch(draws, self.penalties(), mask)
 
     def neutral_batch(self) -> SamplingBatch:
         """`batch` without what changes from step to step: draws and tokens seen."""
@@ -220,7 +242,10 @@ class SamplingRows:
         return stacked
 
     def _batch(
-        self, draws: np.ndarray, penalties: tuple[np.ndarray, np.ndarray, np.ndarray]
+        self,
+        draws: np.ndarray,
+        penalties: tuple[np.ndarray, np.ndarray, np.ndarray],
+        mask: np.ndarray | None = None,
     ) -> SamplingBatch:
         temperature, top_p, min_p, repetition, presence, frequency = self.floats
         pen_indptr, pen_ids, pen_counts = penalties
@@ -240,7 +265,7 @@ class SamplingRows:
             bias_indptr=bias_indptr,
             bias_ids=bias_ids,
             bias_values=bias_values,
-            mask=self._stack_masks(),
+            mask=self._stack_masks() if mask is None else mask,
         )
 
 
@@ -283,15 +308,23 @@ class TokenSampler(Protocol):
     vocab_size: int
 
     def begin(
-        self, logits: torch.Tensor, rows: np.ndarray, settings: SamplingRows, positions: np.ndarray
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        settings: SamplingRows,
+        positions: np.ndarray,
+        masks: np.ndarray | None = None,
     ) -> PendingTokens:
-        """Start drawing one token for each of n rows: [n]; token -1 where a row is not finite.
+        """Start drawing one token for each of n rows: [n]; token -1 where a row is not finite, or
+        its bitmask allows nothing.
 
         Args:
             logits: fp32 [R, vocab].
             rows: which rows of it, i64 [n].
             settings: how each is sampled.
             positions: position that each new token will take, i32 [n].
+            masks: bitmasks of the rows that `settings.masked` names, in their order, i32
+                [m, ceil(vocab / 32)]; the caller may change them when `begin` has returned.
         """
 
     def begin_top(self, logits: torch.Tensor, rows: np.ndarray, k: int) -> PendingTokens:
@@ -306,10 +339,16 @@ class Sampler:
         self.vocab_size = vocab_size
 
     def begin(
-        self, logits: torch.Tensor, rows: np.ndarray, settings: SamplingRows, positions: np.ndarray
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        settings: SamplingRows,
+        positions: np.ndarray,
+        masks: np.ndarray | None = None,
     ) -> SampledTokens:
         """See TokenSampler.begin."""
-        tokens, logprobs = self._ops.sample(_select(logits, rows), settings.batch(positions))
+        batch = settings.batch(positions, masks)
+        tokens, logprobs = self._ops.sample(_select(logits, rows), batch)
         return SampledTokens(np.asarray(tokens), np.asarray(logprobs))
 
     def begin_top(self, logits: torch.Tensor, rows: np.ndarray, k: int) -> SampledTokens:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dendrite_engine.decoding import Launch
+from dendrite_engine.drawn import Launch
 from dendrite_engine.forward import Flight
 from dendrite_engine.scheduler import Lane
 from dendrite_engine.speculation.speculator import Verification

@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from dendrite_engine.tree.branch import Branch
 
 FinishReason = Literal[
-    "stop",  # a stop string or stop token id was produced
+    "stop",  # a stop string or stop token id was produced, or the grammar is complete
     "eos",  # the model ended its turn
     "length",  # max_tokens was reached
     "cancelled",  # the job was cancelled
     "out_of_pages",  # the page pool could not hold the next token
     "context_full",  # the model's context is used up
+    "dead_end",  # the branch's grammar allows no token here: nothing was sampled
+    "grammar_error",  # the branch's grammar failed or ran out of fuel: nothing was sampled
     "numeric_error",  # NaN or Inf logits: nothing was sampled
     "stale",  # the branch was pruned while it generated
     "error",  # the step failed; `error` says why
@@ -177,6 +179,11 @@ class EngineStats:
         graph_steps: forward passes that were replays of captured CUDA graphs.
         host_ms_last: what the engine thread spent on launching the last forward pass, in ms.
         speculation: what guessed tokens were worth.
+        mask_us_p50: median time of filling one grammar mask, over the last 256 fills, in
+            microseconds; a fill of several branches counts as its time divided by their number.
+        mask_wait_us_p50: median time that sampling waited for masks, in microseconds.
+        tokens_forced: tokens that a grammar left no choice for, appended without sampling.
+        grammars_cached: compiled grammars in the cache.
     """
 
     pages_total: int
@@ -207,3 +214,7 @@ class EngineStats:
     kv_format: str = ""
     bytes_total: int = 0
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    mask_us_p50: float = 0.0
+    mask_wait_us_p50: float = 0.0
+    tokens_forced: int = 0
+    grammars_cached: int = 0

@@ -19,6 +19,7 @@ WEIGHTS = {
     "append": 6,
     "append_batch": 5,
     "rollback": 4,
+    "set_logprobs": 2,
     "prune": 6,
     "draft": 4,
     "adopt": 5,
@@ -140,6 +141,12 @@ class CoreDriver:
         if self.draw.choice([True, False]):  # mostly right; a branch named twice changes itself
             expected = [self._num_tokens(b) + self.draw.choice([0, 0, 0, 1, -1]) for b in branches]
         self.pair.call("append_batch", branches, tokens, [-0.5] * count, expected)
+
+    def set_logprobs(self) -> None:
+        branch = self._branch()
+        count = self.draw.integer(1, 2 * self.page_size)
+        start = self.draw.integer(-1, max(0, self._num_tokens(branch) - count))
+        self.pair.call("set_logprobs", branch, start, [-0.5 * i for i in range(count)])
 
     def rollback(self) -> None:
         branch = self._branch()

@@ -18,6 +18,8 @@ export const FINISH_REASONS = [
   "numeric_error",
   "stale",
   "error",
+  "dead_end",
+  "grammar_error",
 ] as const;
 
 /** One node of the tree: a run of tokens between two forks. */

@@ -195,6 +195,15 @@ class TreeCore(DraftVerbs):
             return 2
         return 0
 
+    def set_logprobs(self, branch: int, start: int, logprobs: object) -> None:
+        """Write the logprobs of tokens from `start` on that were appended without."""
+        values: list[float] = as_array("logprobs", logprobs, "float32").tolist()
+        with self._lock:
+            tail = self._tail(branch)
+            most = tail.end - len(values)
+            check_range("start", start, 0, most, "tokens of the branch less those given")
+            inspect.set_logprobs(tail, start, values)
+
     def rollback(self, branch: int, n: int) -> int:
         """Drop the last `n` tokens of this branch; returns the pages released."""
         with self._lock:
@@ -308,18 +317,10 @@ class TreeCore(DraftVerbs):
         """Columns by name, -1 for a stale handle."""
         names = ("num_tokens", "num_computed", "pages", "owned_pages", "tail_refs", "segments")
         with self._lock:
-            rows = [self._describe(b) for b in as_array("branches", branches, "int64").tolist()]
+            tails = [self._find(b) for b in as_array("branches", branches, "int64").tolist()]
+            rows = [inspect.describe(self._tree, tail) for tail in tails]
         columns = np.array(rows, dtype=np.int32).reshape(-1, len(names))
         return {name: np.ascontiguousarray(columns[:, i]) for i, name in enumerate(names)}
-
-    def _describe(self, branch: int) -> list[int]:
-        tail = self._find(branch)
-        if tail is None:
-            return [-1] * 6
-        tree = self._tree
-        computed, owned = inspect.num_computed(tail), inspect.owned_pages(tree, tail)
-        segments = sum(1 for _ in tail.chain())
-        return [tail.end, computed, tree.ceil(tail.end), owned, tail.refs, segments]
 
     def segments(self, branch: int) -> list[tuple[int, int, int, int, list[int]]]:
         """Segments of the branch, root first: (segment_id, start, length, refs, pages)."""

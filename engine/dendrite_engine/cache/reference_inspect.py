@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,22 @@ def _lose_by_merge(
         lost[upper] += 1
     elif not tree.in_flight(child) and refs[lower] == 1 and refs[upper] - lost[upper] == 2:
         lost[lower] += 1
+
+
+def describe(tree: SegmentTree, tail: Segment | None) -> list[int]:
+    """Columns of TreeCore.describe for one branch; -1 everywhere for a stale one."""
+    if tail is None:
+        return [-1] * 6
+    computed, owned = num_computed(tail), owned_pages(tree, tail)
+    segments = sum(1 for _ in tail.chain())
+    return [tail.end, computed, tree.ceil(tail.end), owned, tail.refs, segments]
+
+
+def set_logprobs(tail: Segment, start: int, values: Sequence[float]) -> None:
+    """Write logprobs of the tokens from `start` on."""
+    for segment in tail.chain():
+        for position in range(max(start, segment.start), min(start + len(values), segment.end)):
+            segment.logprobs[position - segment.start] = values[position - start]
 
 
 def stats(tree: SegmentTree) -> dict[str, int]:

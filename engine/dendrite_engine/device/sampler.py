@@ -103,7 +103,12 @@ class DeviceSampler:
         self._rows = 0  # memory is taken on the engine's stream, when the first tokens are sampled
 
     def begin(
-        self, logits: torch.Tensor, rows: np.ndarray, settings: SamplingRows, positions: np.ndarray
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        settings: SamplingRows,
+        positions: np.ndarray,
+        masks: np.ndarray | None = None,
     ) -> DeviceTokens:
         """See TokenSampler.begin."""
         count = len(rows)
@@ -113,7 +118,9 @@ class DeviceSampler:
         entries = 0 if penalties is None else len(penalties.ids)
         slot = _next(self._token_slots)
         slot.reserve(table.size(entries), 2 * count)
-        packed = table.pack(positions, rows=rows, penalties=penalties, out=slot.settings.array)
+        packed = table.pack(
+            positions, rows=rows, mask=masks, penalties=penalties, out=slot.settings.array
+        )
         out = slot.results.device[: 2 * count].view(2, count)
         self._ops.sample(
             logits, slot.settings.send(len(packed)), self._workspace, out, greedy=table.greedy
@@ -160,5 +167,6 @@ def _table_of(settings: SamplingRows, vocab_size: int) -> SamplingTable:
             vocab_size,
             seeds=cast("Any", settings.seeds),
             path_keys=cast("Any", settings.path_keys),
+            mask_rows=settings.mask_rows,
         )
     return table

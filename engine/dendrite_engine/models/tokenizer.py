@@ -65,6 +65,15 @@ class Tokenizer:
         """One token as text on its own."""
         return self._bytes.get(token_id).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes that a token stands for; b"" for an id outside the vocabulary."""
+        return self._bytes.get(token_id)
+
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        text: str = self._fast.to_str()
+        return text
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """One text per token that join to the whole: a character that spans several tokens is shown
         at the token that completes it, the tokens before it are empty.

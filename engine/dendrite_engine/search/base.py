@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 Action = Literal["expand", "look", "evaluate"]
 
 # finish reasons after which there is nothing of the branch to keep
-LOST = frozenset({"out_of_pages", "stale", "numeric_error", "cancelled", "no_alternative", "error"})
+LOST = frozenset(
+    {
+        "out_of_pages", "stale", "numeric_error", "cancelled", "no_alternative", "error",
+        "dead_end", "grammar_error",
+    }
+)  # fmt: skip
 # finish reasons after which the text is complete
 ENDED = frozenset({"stop", "eos", "context_full"})
 

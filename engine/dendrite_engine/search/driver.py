@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dendrite_engine.errors import (
     ContextTooLong,
+    GrammarError,
     NumericError,
     OutOfPages,
     SearchError,
@@ -99,6 +100,8 @@ def reason_of(error: Exception) -> FinishReason:
         return "stale"
     if isinstance(error, ContextTooLong):
         return "context_full"
+    if isinstance(error, GrammarError):
+        return "grammar_error"
     return "numeric_error" if isinstance(error, NumericError) else "out_of_pages"
 
 

@@ -12,6 +12,7 @@ from dendrite_engine.errors import (
     BudgetExceeded,
     ContextTooLong,
     EngineClosed,
+    GrammarError,
     OutOfPages,
     StaleBranch,
 )
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     Growth = tuple[Branch, Sequence[int], Sequence[float]]
 
 # errors that end one branch and leave the others alone
-BRANCH_ERRORS = (OutOfPages, BudgetExceeded, StaleBranch, ContextTooLong)
+BRANCH_ERRORS = (OutOfPages, BudgetExceeded, StaleBranch, ContextTooLong, GrammarError)
 
 
 class BranchKeeper:

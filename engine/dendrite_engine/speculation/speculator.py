@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dendrite_engine.decoding import NOT_FINITE, Decoder, Drawn, Launch
+from dendrite_engine.decoding import NOT_FINITE, Decoder
+from dendrite_engine.drawn import Drawn, Launch
 from dendrite_engine.errors import OutOfPages, StaleBranch
 from dendrite_engine.forward import Flight
 from dendrite_engine.lanes import DecodingLane, LaneGroup

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dendrite_engine.decoding import Launch
+from dendrite_engine.drawn import Launch
 from dendrite_engine.forward import Flight
 from dendrite_engine.speculation.base import Chances
 from dendrite_engine.speculation.rejection import follow, logprob_of

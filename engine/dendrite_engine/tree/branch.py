@@ -11,6 +11,7 @@ import numpy as np
 
 from dendrite_engine.errors import InvalidArgument, StaleBranch
 from dendrite_engine.sampling import child_key
+from dendrite_engine.tree.guided import GuidedBranch
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class LogitsRow(NamedTuple):
         return self.epoch is None or self.epoch.is_current
 
 
-class Branch:
+class Branch(GuidedBranch):
     """A handle to one path of the live tree: its tokens, and their K/V in shared pages.
 
     Made by `Engine.prompt` and `Branch.fork`, never directly. A branch lives until `prune`; the
@@ -55,6 +56,7 @@ class Branch:
         "_busy",
         "_children",
         "_core",
+        "_guide",
         "_handle",
         "_key",
         "_logits",
@@ -83,6 +85,7 @@ class Branch:
         self._key: int | None = None
         self._busy = False
         self._logits: LogitsRow | None = None
+        self._guide: Any = None if parent is None else parent._guide  # grammar, see tree.guided
 
     # -- verbs --------------------------------------------------------------------------------
 
@@ -134,6 +137,7 @@ class Branch:
             InvalidArgument: nothing to append, an id outside the vocabulary, or the branch is
                 generating.
             ContextTooLong: the model's context would be exceeded.
+            GrammarError: the branch's grammar does not allow them; nothing was changed.
             OutOfPages: the pool can't hold them; nothing was changed.
         """
         self._check_idle("extend")
@@ -144,10 +148,11 @@ class Branch:
             raise InvalidArgument(
                 f"extend: logprobs must be {len(ids)} finite numbers, one per token, got {logprobs}"
             )
+        guide = None if self._guide is None else self.engine.grammars.after(self, ids)
         self._core.append(
             self._handle, ids, None if values is None else np.array(values, np.float32)
         )
-        self._logits = None
+        self._logits, self._guide = None, guide
         data = {"tokens": ids, "logprobs": values, "forced": values is None}
         self.engine.trace.append("extend", self.id, data)
         return self
@@ -167,6 +172,8 @@ class Branch:
             raise InvalidArgument(f"rollback: n must be an integer in 1..{held - 1}, got {n!r}")
         self._logits = None
         freed: int = self._core.rollback(self._handle, n)
+        if self._guide is not None:
+            self._guide = self._guide.cut(held - n)
         self.engine.trace.append("rollback", self.id, {"to": held - n})
         return freed
 
@@ -186,7 +193,7 @@ class Branch:
         if not self.engine._unregister(self):
             return freed
         pages: int = self._core.prune(self._handle)
-        self._logits = None
+        self._logits = self._guide = None
         if self.parent is not None and self.parent._children is not None:
             self.parent._children.pop(self.id, None)
         self.engine.trace.append("prune", self.id, {"pages_freed": pages})
@@ -326,6 +333,7 @@ class Branch:
         child._key = None
         child._busy = False
         child._logits = self._logits
+        child._guide = self._guide
         engine._register(child)
         self._num_forks += 1
         children = self._children
@@ -345,6 +353,8 @@ class Branch:
         self.engine._register(child)
         self._num_forks += 1
         child._logits = logits
+        if child._guide is not None:
+            child._guide = child._guide.cut(child.fork_position)
         if self._children is None:
             self._children = {}
         self._children[child.id] = child

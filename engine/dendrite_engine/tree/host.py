@@ -17,6 +17,7 @@ class BranchHost(Protocol):
     trace: Trace
     tokenizer: Any
     max_context: int
+    grammars: Any  # GrammarService
 
     def _new_branch_id(self) -> int: ...
 
