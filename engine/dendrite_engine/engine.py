@@ -199,20 +199,13 @@ class Engine(SavesBranches):
         return self._start(Job(targets, rows, guessing=open_guessing(speculate, self), **options))
 
     def generate(
-        self,
-        branches: Branch | Sequence[Branch],
-        params: Params = None,
-        *,
-        priority: int = 0,
-        speculate: Speculation | None = None,
+        self, branches: Branch | Sequence[Branch], params: Params = None, **options: Any
     ) -> Iterator[TokenEvent]:
-        """Generate on `branches` and yield each TokenEvent as it comes; see `submit`. Leaving the
-        loop early cancels the job; the branches keep what they have.
+        """Generate on `branches` and yield each TokenEvent as it comes, with the options of
+        `submit`. Leaving the loop early cancels the job; the branches keep what they have.
         """
         events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
-        job = self.submit(
-            branches, params, on_event=events.put, priority=priority, speculate=speculate
-        )
+        job = self.submit(branches, params, on_event=events.put, **options)
         job.add_done_callback(lambda _: events.put(None))
         return drain(job, events)
 
@@ -236,15 +229,10 @@ class Engine(SavesBranches):
             job.cancel()
 
     def complete(
-        self,
-        branches: Branch | Sequence[Branch],
-        params: Params = None,
-        *,
-        priority: int = 0,
-        speculate: Speculation | None = None,
+        self, branches: Branch | Sequence[Branch], params: Params = None, **options: Any
     ) -> list[Completion]:
-        """Generate on `branches`, wait, and return what each produced; see `submit`."""
-        return wait_for(self.submit(branches, params, priority=priority, speculate=speculate))
+        """Generate on `branches` with the options of `submit`, wait, and return what came."""
+        return wait_for(self.submit(branches, params, **options))
 
     def top_tokens(self, branches: Sequence[Branch], k: int) -> list[list[TokenAlternative]]:
         """The `k` most likely next tokens of each branch, most likely first; one forward at most.
@@ -256,12 +244,9 @@ class Engine(SavesBranches):
             GrammarError: a branch's grammar can't say what it allows.
             StaleBranch: a branch was pruned or belongs to another engine.
         """
-        if (
-            not isinstance(k, int)
-            or isinstance(k, bool)
-            or not 1 <= k <= self.model_config.vocab_size
-        ):
-            raise InvalidArgument(f"k must be in 1..{self.model_config.vocab_size}, got {k!r}")
+        most = self.model_config.vocab_size
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= most:
+            raise InvalidArgument(f"k must be in 1..{most}, got {k!r}")
         for branch in branches:
             self._check_own(branch)
         return self._compute(branches, top_k=k, masks=self.grammars.masks(branches)).alternatives
@@ -293,9 +278,7 @@ class Engine(SavesBranches):
         params: SamplingParams | None = None,
         **options: Any,
     ) -> SearchHandle:
-        """Start a search from `root` and return its handle at once; see
-        `dendrite_engine.search`.
-        """
+        """Start a search from `root` and return its handle at once; see `search`."""
         from dendrite_engine.search import start_search
 
         self._check_own(root)

@@ -242,19 +242,16 @@ class StepLoop:
         return None
 
     def _launch_drafts(self, selection: Selection) -> Step | None:
-        """Start a pass that verifies guesses; None where there are none, or more is to be done, or
-        a lane of the step has a grammar, which may append several tokens by itself.
-        """
-        roster = self._roster
+        """Start a pass that verifies guesses; None where there are none, or more is to be done."""
+        roster = self._roster  # a grammar may append several tokens by itself: no guesses beside it
         if selection.chosen is not None or roster.probes or roster.group.with_guides:
             return None
         drafts = self.speculator.draft(roster.group)
         if drafts is None:
             return None
         flight = self._forward.launch(drafts.selection, every_row=True)
-        if flight is None:  # as in `_launch`
-            self.speculator.discard_all()
-            return None
+        if flight is None:
+            return self.speculator.discard_all()
         return Step(None, guesses=self.speculator.begin(drafts, flight))
 
     def _begin(self, flight: Flight) -> Step:
@@ -368,12 +365,10 @@ class StepLoop:
             self._reports.popleft()()
 
     def _close(self, lane: Lane) -> None:
-        lane.branch._busy = False
         self.speculator.close(lane)
         self._decoder.release(lane)
-        lanes = self._open[lane.job]
-        lanes.discard(lane)
-        if lanes:
+        self._open[lane.job].discard(lane)
+        if self._open[lane.job]:
             return
         del self._open[lane.job]
         branches = lane.job.branches
