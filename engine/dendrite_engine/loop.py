@@ -246,13 +246,13 @@ class StepLoop:
         roster = self._roster  # a grammar may append several tokens by itself: no guesses beside it
         if selection.chosen is not None or roster.probes or roster.group.with_guides:
             return None
-        drafts = self.speculator.draft(roster.group)
-        if drafts is None:
+        if (drafts := self.speculator.draft(roster.group)) is None:
             return None
         flight = self._forward.launch(drafts.selection, every_row=True)
-        if flight is None:
-            return self.speculator.discard_all()
-        return Step(None, guesses=self.speculator.begin(drafts, flight))
+        if flight is not None:
+            return Step(None, guesses=self.speculator.begin(drafts, flight))
+        self.speculator.discard_all()
+        return None
 
     def _begin(self, flight: Flight) -> Step:
         """Start sampling for the decoding lanes whose logits the forward pass gives."""

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dendrite_engine.errors import InvalidArgument, SearchError
 from dendrite_engine.search.base import Outcome, Search
 from dendrite_engine.search.budget import Budget, Clock, Meter, Usage
-from dendrite_engine.search.driver import Runner, reason_of
+from dendrite_engine.search.driver import Runner
 from dendrite_engine.search.evaluators import Evaluator
 from dendrite_engine.search.result import FoundText, SearchResult
 from dendrite_engine.search.stats import SearchStats, StatsTable
 from dendrite_engine.search.tree import Node, Tree
+from dendrite_engine.search.work import reason_of
 
 if TYPE_CHECKING:
     from dendrite_engine.engine import Engine

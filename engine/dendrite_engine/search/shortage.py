@@ -10,8 +10,8 @@ from dendrite_engine.tree.draws import draws_of
 
 if TYPE_CHECKING:
     from dendrite_engine.engine import Engine
-    from dendrite_engine.search.driver import Work
     from dendrite_engine.search.keeper import BranchKeeper
+    from dendrite_engine.search.work import Work
 
 
 class Shortage:
