@@ -104,10 +104,13 @@ class CodedPages(ABC):
 
     def restored(self, page_ids: torch.Tensor) -> torch.Tensor:
         """`stored` in the basis of the model, fp32 [n, kv_heads, P, D]; for the plain oracle."""
-        vectors = self.stored(page_ids)
+        return self._restored(self.stored(page_ids).transpose(1, 2)).transpose(1, 2)
+
+    def _restored(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors [..., kv_heads, D] back in the basis of the model, with the mean."""
         if self.signs is not None:
-            vectors = transform(vectors) * norm(self.head_dim) * self.signs[:, None]
-        return vectors if self.mean is None else vectors + self.mean[:, None]
+            vectors = transform(vectors) * norm(self.head_dim) * self.signs
+        return vectors if self.mean is None else vectors + self.mean
 
     def _centred(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.mean is None else x - self.mean
