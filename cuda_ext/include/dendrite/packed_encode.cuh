@@ -160,8 +160,12 @@ struct LaneGroup {
   bool active;
 };
 
+// From here on functions return whether what a vector reads as is infinite though the vector is not;
+// all lanes of its group get the same.
+constexpr uint16_t kInfiniteHalf = 0x7c00;
+
 template <int kBits>
-DENDRITE_DEVICE void encode_rotated(VectorPart x, const VectorPart& signs, const PackedPlace& to,
+DENDRITE_DEVICE bool encode_rotated(VectorPart x, const VectorPart& signs, const PackedPlace& to,
                                     const LaneGroup& at, bool is_nan) {
   VectorPart part = x;
   part.each([](float v) { return mul_rounded(v, v); });
@@ -191,8 +195,9 @@ DENDRITE_DEVICE void encode_rotated(VectorPart x, const VectorPart& signs, const
   const float scale = mul_rounded(mul_rounded(norm, inverse_root(to.dim)), ratio);
   store_codes<kBits>(to, at.lane, first, at.active);
   store_codes<kBits>(to, at.lanes + at.lane, second, at.active);
-  if (at.active && at.lane == 0)
-    *reinterpret_cast<uint16_t*>(to.scales) = is_nan ? 0x7fff : from_float<half_t>(scale).bits;
+  const uint16_t stored = from_float<half_t>(scale).bits;
+  if (at.active && at.lane == 0) *reinterpret_cast<uint16_t*>(to.scales) = is_nan ? 0x7fff : stored;
+  return stored >= kInfiniteHalf;
 }
 
 // Scale of E4M3: the largest number becomes at most 448.
@@ -222,7 +227,7 @@ DENDRITE_DEVICE float group_max(float value, int lanes) {
   return value;
 }
 
-DENDRITE_DEVICE void encode_e4m3(const VectorPart& x, const PackedPlace& to, const LaneGroup& at,
+DENDRITE_DEVICE bool encode_e4m3(const VectorPart& x, const PackedPlace& to, const LaneGroup& at,
                                  bool is_nan) {
   const float largest = group_max(largest_of(largest_of(0.0f, x.first), x.second), at.lanes);
   const uint16_t scale = e4m3_scale(largest);
@@ -232,6 +237,7 @@ DENDRITE_DEVICE void encode_e4m3(const VectorPart& x, const PackedPlace& to, con
   store_float8<false>(to, groups + at.lane, x.second, inverse, at.active);
   if (at.active && at.lane == 0)
     *reinterpret_cast<uint16_t*>(to.scales) = is_nan ? 0x7fff : scale;
+  return scale >= kInfiniteHalf;
 }
 
 // 8 lanes hold a block of 32. `half`: which half of the vector.
@@ -247,13 +253,16 @@ DENDRITE_DEVICE void encode_mxfp8(const float (&x)[kLaneWords], int half, const 
 }
 
 template <class T>
-DENDRITE_DEVICE void encode_numbers(VectorPart x, const PackedPlace& to, const LaneGroup& at,
+DENDRITE_DEVICE bool encode_numbers(VectorPart x, const PackedPlace& to, const LaneGroup& at,
                                     bool is_nan) {
-  if (!at.active) return;
-  if (is_nan) x.first[0] = bits_float(0x7fc00000u);
-  T* row = reinterpret_cast<T*>(to.row);
-  store_floats<kLaneWords>(row + 4 * at.lane, x.first);
-  store_floats<kLaneWords>(row + to.dim / 2 + 4 * at.lane, x.second);
+  const float largest = group_max(largest_of(largest_of(0.0f, x.first), x.second), at.lanes);
+  if (at.active) {
+    if (is_nan) x.first[0] = bits_float(0x7fc00000u);
+    T* row = reinterpret_cast<T*>(to.row);
+    store_floats<kLaneWords>(row + 4 * at.lane, x.first);
+    store_floats<kLaneWords>(row + to.dim / 2 + 4 * at.lane, x.second);
+  }
+  return (float_bits(to_float(from_float<T>(largest))) & 0x7f800000u) == 0x7f800000u;
 }
 
 DENDRITE_DEVICE void encode_e5m2(const VectorPart& x, const PackedPlace& to, const LaneGroup& at,
@@ -265,21 +274,21 @@ DENDRITE_DEVICE void encode_e5m2(const VectorPart& x, const PackedPlace& to, con
 
 // Stores a vector. All lanes of the warp take part; where it is not wanted, with zeros. `is_nan`:
 // what is stored shall read as NaN, whatever x is.
-DENDRITE_DEVICE void encode(int codec, const VectorPart& x, const VectorPart& signs,
+DENDRITE_DEVICE bool encode(int codec, const VectorPart& x, const VectorPart& signs,
                             const PackedPlace& to, const LaneGroup& at, bool is_nan) {
   switch (codec) {
-    case kFp32: encode_numbers<float>(x, to, at, is_nan); break;
-    case kBf16: encode_numbers<bf16>(x, to, at, is_nan); break;
-    case kFp16: encode_numbers<half_t>(x, to, at, is_nan); break;
-    case kE4m3: encode_e4m3(x, to, at, is_nan); break;
-    case kE5m2: encode_e5m2(x, to, at, is_nan); break;
+    case kFp32: return encode_numbers<float>(x, to, at, is_nan);
+    case kBf16: return encode_numbers<bf16>(x, to, at, is_nan);
+    case kFp16: return encode_numbers<half_t>(x, to, at, is_nan);
+    case kE4m3: return encode_e4m3(x, to, at, is_nan);
+    case kE5m2: encode_e5m2(x, to, at, is_nan); return false;  // saturates
     case kMxfp8:
       encode_mxfp8(x.first, 0, to, at, is_nan);
       encode_mxfp8(x.second, 1, to, at, is_nan);
-      break;
-    case kTq4: encode_rotated<4>(x, signs, to, at, is_nan); break;
-    case kTq3: encode_rotated<3>(x, signs, to, at, is_nan); break;
-    default: encode_rotated<2>(x, signs, to, at, is_nan);
+      return false;
+    case kTq4: return encode_rotated<4>(x, signs, to, at, is_nan);
+    case kTq3: return encode_rotated<3>(x, signs, to, at, is_nan);
+    default: return encode_rotated<2>(x, signs, to, at, is_nan);
   }
 }
 

@@ -10,9 +10,6 @@ namespace dendrite {
 
 static_assert(kRopeVector == kLaneWords, "a lane holds the same elements in both");
 
-// Values whose scales surely fit into fp16.
-constexpr float kLargestScaled = 32768.0f;
-
 DENDRITE_DEVICE VectorPart vector_part(const RopePart& x) {
   VectorPart out;
 #pragma unroll
@@ -107,10 +104,6 @@ rope_store_packed_kernel(RopePackedParams params, int lanes) {
 
   // See rope_store_kv_kernel: siblings must not see a value that is not finite.
   int bad_value = stored && !value.finite(), bad_key = stored && !x.finite();
-  float largest = 0.f;
-  for (int j = 0; j < kLaneWords; ++j)
-    largest = fmaxf(largest, fmaxf(fabsf(value.first[j]), fabsf(value.second[j])));
-  bad_value |= has_token_scale(params.layer.v.codec) && largest > kLargestScaled;
   for (int mask = lanes / 2; mask > 0; mask /= 2) {
     bad_value |= shfl_xor(bad_value, mask);
     bad_key |= shfl_xor(bad_key, mask);
@@ -130,8 +123,14 @@ rope_store_packed_kernel(RopePackedParams params, int lanes) {
     key.second[j] -= mean.second[j];
   }
   const LaneGroup writer{lane, lanes, stored};
+  const VectorPart turning = vector_part(v_signs);
+  const bool infinite = encode(layer.v.codec, vector_part(value), turning, to_value, writer, false);
+  if (any_sync(infinite)) {
+    if (infinite) value.fill(0.0f);
+    bad_value |= infinite;
+    encode(layer.v.codec, vector_part(value), turning, to_value, writer, false);
+  }
   encode(layer.k.codec, key, vector_part(k_signs), to_key, writer, (bad_key | bad_value) != 0);
-  encode(layer.v.codec, vector_part(value), vector_part(v_signs), to_value, writer, false);
 }
 
 // Out of the basis of rotated values.

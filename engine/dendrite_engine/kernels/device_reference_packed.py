@@ -41,8 +41,8 @@ def rope_store_packed(
     fp32, and K less `k_mean` [kv_heads, head_dim].
 
     Where K is stored rotated, so is q: transform(q * signs) / sqrt(head_dim), rounded once. A value
-    head of which a number, as it comes or as it would be stored, is not finite becomes zeros (codes
-    and scales), and its key NaN: in each scale, or without scales in the first code.
+    head of which a number, as it comes or as it would be stored, is not finite is stored as
+    zeros, and its key as NaN: in each scale, or without scales in the first code.
     """
     tables = Rotation(k_signs, v_signs, k_mean)
     keys, values = _sides(data, q_out.shape[2], layer_at, page_size, kv_heads, k_codec, v_codec,
@@ -58,8 +58,7 @@ def rope_store_packed(
     codes, scales = values.encode(value)
     levels = values.codec.levels(codes, scales)
     bad = ~(torch.isfinite(value) & torch.isfinite(levels)).all(-1)
-    values.write_slots(slot, codes.masked_fill(bad[..., None], 0),
-                       scales.masked_fill(bad[..., None, None], 0))  # fmt: skip
+    values.write_slots(slot, *values.encode(value.masked_fill(bad[..., None], 0.0)))
     codes, scales = keys.encode(key)
     keys.write_slots(slot, *_with_nan(keys, codes, scales, bad))
 
