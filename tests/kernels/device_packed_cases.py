@@ -99,7 +99,7 @@ def make_marks(sides: tuple[DevicePages, DevicePages], slots: torch.Tensor) -> t
     for side in sides:
         marked = copy.copy(side)
         object.__setattr__(marked, "data", marks)
-        for part in marked._parts():
+        for part in marked.parts():
             page, unit, offset = marked._place(wanted)
             part[page, unit, :, offset] = 255
     return marks
