@@ -153,7 +153,7 @@ def _timed(case: Case, name: str, token_bytes: int, repeats: int, make: Callable
     tree = case.planned.tree
     row: Row = {
         "tree": tree.name, "heads": case.heads.name, "format": name,
-        "gb": round(tree.unique_tokens * token_bytes / 1e9, 3), "us": None,
+        "bytes": tree.unique_tokens * token_bytes, "us": None,
     }  # fmt: skip
     try:
         call, copies, error_of = make()
