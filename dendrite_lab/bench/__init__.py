@@ -24,6 +24,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
         "first-token": "dendrite_lab.bench.first_token:run",
         "fork": "dendrite_lab.bench.fork:run",
         "gemm": "dendrite_lab.bench.gemm:run",
+        "kv-attention": "dendrite_lab.bench.gpu_kv_attention:run",
         "kv-formats": "dendrite_lab.bench.kv_formats:run",
         "memory": "dendrite_lab.bench.memory:run",
         "search": "dendrite_lab.bench.search:run",

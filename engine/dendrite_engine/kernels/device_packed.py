@@ -108,7 +108,7 @@ class DevicePages(CodedPages):
         lead = len(page_ids), self.kv_heads, self.page_size
         ids = page_ids.to(self.data.device)
         codes, scales = (
-            part[ids].transpose(1, 2).reshape(*lead, part.shape[-1]) for part in self._parts()
+            part[ids].transpose(1, 2).reshape(*lead, part.shape[-1]) for part in self.parts()
         )
         return self._decoded(codes, scales)
 
@@ -116,23 +116,19 @@ class DevicePages(CodedPages):
         """See CodedPages."""
         ids = page_ids.to(self.data.device)
         shape = (len(ids), self.kv_heads, self.page_size // CELL, CELL, -1)
-        for part, rows in zip(
-            self._parts(), (self._packed(codes), scales.flatten(-2)), strict=True
-        ):
+        for part, rows in zip(self.parts(), (self._packed(codes), scales.flatten(-2)), strict=True):
             part[ids] = rows.reshape(*shape[:4], part.shape[-1]).transpose(1, 2)
 
     def read_slots(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes i32 [n, kv_heads, D] and scales u8 [n, kv_heads, items, width] of pool slots."""
         page, unit, offset = self._place(slots)
-        codes, scales = (part[page, unit, :, offset] for part in self._parts())
+        codes, scales = (part[page, unit, :, offset] for part in self.parts())
         return self._decoded(codes, scales)
 
     def write_slots(self, slots: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Store what `read_slots` returns."""
         page, unit, offset = self._place(slots)
-        for part, rows in zip(
-            self._parts(), (self._packed(codes), scales.flatten(-2)), strict=True
-        ):
+        for part, rows in zip(self.parts(), (self._packed(codes), scales.flatten(-2)), strict=True):
             part[page, unit, :, offset] = rows
 
     def stored_at(self, slots: torch.Tensor) -> torch.Tensor:
@@ -143,7 +139,7 @@ class DevicePages(CodedPages):
         """`restored` of single slots, fp32 [n, kv_heads, D]."""
         return self._restored(self.stored_at(slots))
 
-    def _parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of codes and scales, u8 [pages, units, kv_heads, 16, bytes]."""
         layer = self.data[:, self.layer_at : self.layer_at + self.layer_bytes]
         cells = layer.unflatten(1, (self.page_size // CELL, self.kv_heads, self.cell_bytes))

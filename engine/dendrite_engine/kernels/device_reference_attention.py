@@ -141,16 +141,21 @@ def _block(
     if window > 0:
         visible &= at[None] > there - window
     keys, values = reader.keys(index.flatten()), reader.values(index.flatten())
-    values = torch.where(valid.to(values.device)[:, None, None], values, 0.0)
     grouped = q.float().reshape(rows, kv_heads, heads // kv_heads, dim)
-    scores = torch.einsum("rhgd,shd->rhgs", grouped, keys) * scale
-    scores = scores.masked_fill(~visible.to(q.device)[:, None, None], float("-inf"))
-    weights = (
-        torch.softmax(scores, -1).nan_to_num_(0.0)
-        if not visible.any(1).all()
-        else (torch.softmax(scores, -1))
-    )
-    return torch.einsum("rhgs,shd->rhgd", weights, values).reshape(rows, heads, dim)
+    seen = visible.to(q.device)
+    summed = [_row(grouped[i], keys[seen[i]], values[seen[i]], scale) for i in range(rows)]
+    return torch.stack(summed).reshape(rows, heads, dim)
+
+
+def _row(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:  # fmt: skip
+    """q [kv_heads, group, dim] over all of keys and values [n, kv_heads, dim]; 0 where n is 0.
+
+    Shapes are those of the row's own context, so its bits do not depend on the rows beside it.
+    """
+    weights = torch.softmax(torch.einsum("hgd,shd->hgs", q, keys) * scale, -1)
+    return torch.einsum("hgs,shd->hgd", weights, values)
 
 
 def _gather(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
