@@ -155,6 +155,8 @@ attention() {
   bench attention attention --budget-s 230 --repeats "$((4 * repeats))" --trees all prompts
 }
 
+kv_attention() { bench kv-attention kv-attention --repeats "$((2 * repeats))"; }
+
 flashinfer() {
   local shape=${shapes%%,*} mode
   tests tests/kernels/test_flashinfer_gpu.py || return 1
@@ -173,6 +175,7 @@ for name in ${stages//,/ }; do
     engine) stage engine tests tests/engine tests/golden ;;
     sanitizer) for tool in memcheck racecheck initcheck; do stage "sanitizer-$tool" sanitizer "$tool"; done ;;
     attention) stage attention attention ;;
+    kv-attention) stage kv-attention kv_attention ;;
     decode | first-token | fork | tree | beam) for_each_shape "$name" ;;
     deterministic) for_each_shape deterministic --again "$again" ;;
     flashinfer) stage flashinfer flashinfer ;;

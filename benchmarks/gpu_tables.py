@@ -29,6 +29,14 @@ query. FlashInfer is given its best variant for each tree: flat decode on CUDA o
 its cascade with all levels or with the two that read least. `fa2` is a cascade that FlashInfer does
 not offer as such, put together from its FA2 kernels. Planning on the host (`host`) is not in the
 times. Results are checked against fp32 attention; `error` is the relative error of ours."""
+KV_NOTE = """\
+Attention of one layer alone over pages of each format, timed as above: branches with contexts of
+their own (64 of them), which is bound by memory, and branches below a shared prefix, which is not.
+Codes are random. `GB` and `TB/s` count K and V of every token once, scales included; a large copy
+reaches {copy} TB/s. `times unquantised`: against our kernel on pages of the compute dtype."""
+STORE_NOTE = """\
+The store: RoPE, quantising and writing one token of each branch. `share of step`: of a layer's
+decode step, whose products count at their floor, so that the share is rather too large."""
 DETERMINISTIC_NOTE = """\
 `deterministic=True` against the default, the two engines taking turns. Below: one branch decoded
 greedily again and again beside random neighbours; results are tokens and log-probabilities,
@@ -43,7 +51,7 @@ def render(reports: Sequence[Report]) -> str:
     parts = ["# On a GPU\n", INTRODUCTION, _measured_by(reports)]
     parts += [
         section
-        for make in (_work, _attention, _deterministic, _memory)
+        for make in (_work, _attention, _kv_attention, _deterministic, _memory)
         if (section := make(reports))
     ]
     return "\n".join(parts)
@@ -112,6 +120,33 @@ def _attention_row(row: Row) -> Row:
     out["host us (ours, flat, cascade)"] = ", ".join("-" if v is None else number(v) for v in hosts)
     out["error"] = row["error"]
     return out
+
+
+def _kv_attention(reports: Sequence[Report]) -> str:
+    found = [report for report in reports if report["benchmark"] == "kv-attention"]
+    if not found:
+        return ""
+    note = KV_NOTE.format(copy=number(found[0]["copy_tb_per_s"]))
+    parts = ["## Page formats on the GPU\n", note + "\n"]
+    parts.append(table([_kv_row(row) for report in found for row in report["rows"]]))
+    stores = [_store_row(row) for report in found for row in report["store"]]
+    return "\n".join([*parts, *([STORE_NOTE + "\n", table(stores)] if stores else [])])
+
+
+def _kv_row(row: Row) -> Row:
+    out: Row = {key: row[key] for key in ("tree", "heads", "format")}
+    out |= {"GB": row["bytes"] / 1e9, "us": row["us"], "TB/s": row.get("tb_per_s")}
+    out["times unquantised"] = row.get("times_unquantised")
+    return {**out, "error": row.get("error"), "trouble": row.get("trouble")}
+
+
+def _store_row(row: Row) -> Row:
+    share = row.get("share_of_step")
+    return {
+        "heads": row["heads"], "branches": row["branches"], "format": row["format"],
+        "us": row["store_us"], "times unquantised": row["times_unquantised"],
+        "share of step": None if share is None else f"{100 * share:.1f} %",
+    }  # fmt: skip
 
 
 def _deterministic(reports: Sequence[Report]) -> str:

@@ -8,28 +8,12 @@
 
 #include <cstdint>
 
+#include "../include/dendrite/packed_codec.h"
+
 namespace dendrite {
 
-enum PackedCodec : int32_t { kFp32, kBf16, kFp16, kE4m3, kE5m2, kMxfp8, kTq4, kTq3, kTq2 };
-constexpr int kPackedCodecs = 9;
-constexpr int kGroup = 16;       // codes that lie together
+constexpr int kGroup = 16;  // codes that lie together
 constexpr int kMaxPackedDim = 512;
-constexpr int kCodecBits[kPackedCodecs] = {32, 16, 16, 8, 8, 8, 4, 3, 2};
-constexpr int kScaleBytes[kPackedCodecs] = {0, 0, 0, 2, 0, 1, 2, 2, 2};
-
-// Dimensions that share a scale, for heads of `dim`.
-constexpr int scale_span(int codec, int dim) { return codec == kMxfp8 ? 32 : dim; }
-
-// Lloyd-Max levels of a standard normal variable and the limits between them, positive halves
-// (kernels: the levels of codes 2^(bits-1) and up); negative ones mirror them.
-constexpr float kLevels4[8] = {0.128395f, 0.388048f, 0.656759f, 0.942340f,
-                               1.256231f, 1.618046f, 2.069017f, 2.732590f};
-constexpr float kLevels3[4] = {0.245094f, 0.756005f, 1.343909f, 2.151946f};
-constexpr float kLevels2[2] = {0.452780f, 1.510418f};
-constexpr float kLimits4[7] = {0.258222f, 0.522404f, 0.799550f, 1.099286f,
-                               1.437139f, 1.843532f, 2.400803f};
-constexpr float kLimits3[3] = {0.500550f, 1.049957f, 1.747927f};
-constexpr float kLimits2[1] = {0.981599f};
 
 // K or V of one layer.
 struct PackedSide {

@@ -53,6 +53,24 @@ inline float2 unpack2(uint32_t packed) {
   return {to_float(T{uint16_t(packed)}), to_float(T{uint16_t(packed >> 16)})};
 }
 
+template <class T>
+inline uint32_t mul2(uint32_t a, uint32_t b) {
+  const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+  return pack2<T>(x.x * y.x, x.y * y.y);
+}
+
+inline uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= uint32_t(bytes >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  return out;
+}
+
+inline float mul_rounded(float a, float b) {
+  volatile float product = a * b;  // not fused with what follows
+  return product;
+}
+
 // Subnormal operands and results count as zero, as in the .ftz forms.
 inline float flush(float value) {
   return std::fabs(value) < 0x1p-126f ? std::copysign(0.0f, value) : value;

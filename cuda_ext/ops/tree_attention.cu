@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "tree_attention_instances.h"
 #ifndef DENDRITE_EMULATE
 #include "tree_attention_maps.h"
@@ -7,9 +5,6 @@
 
 namespace dendrite {
 namespace {
-
-constexpr int kMergeWarps = 4;
-constexpr int kMergeBlocks = 8;  // of a multiprocessor
 
 AttentionKernel find(const TreeAttentionShape& shape) {
   switch (shape.head_dim) {
@@ -29,7 +24,7 @@ int max_blocks(const AttentionKernel& kernel) {
 }
 
 void launch_attend(const AttentionKernel& kernel, const TreeAttentionParams& params,
-                   const TreeAttentionShape& shape, dim3 grid, cudaStream_t stream) {
+                   [[maybe_unused]] const TreeAttentionShape& shape, dim3 grid, cudaStream_t stream) {
 #ifndef DENDRITE_EMULATE
   if (kernel.attend_maps != nullptr) {
     const int64_t rows = int64_t{params.pages} * params.kv_heads << params.page_shift;
@@ -42,17 +37,6 @@ void launch_attend(const AttentionKernel& kernel, const TreeAttentionParams& par
 #endif
   launch_kernel(kernel.attend, grid, dim3(kernel.threads), kernel.shared_bytes, stream, true,
                 params);
-}
-
-// A warp for each query; where there are few, over as many multiprocessors as there are.
-void launch_merge(const AttentionKernel& kernel, const TreeAttentionParams& params,
-                  const TreeAttentionShape& shape, int rows, cudaStream_t stream) {
-  const int queries = int(work_blocks(rows, params.rows_per_block)) * shape.q_tile;
-  const int most = kMergeBlocks * num_multiprocessors();
-  const int warps = queries * params.kv_heads > most ? kMergeWarps : 1;
-  const int blocks = std::min(queries / warps, std::max(1, most / params.kv_heads));
-  launch_kernel(kernel.merge, dim3(blocks, params.kv_heads), dim3(warps * kWarpSize), 0, stream, true,
-                params, queries);
 }
 
 }  // namespace
@@ -73,7 +57,7 @@ void launch_tree_attention(const TreeAttentionParams& params, const TreeAttentio
                            int rows, int workers, cudaStream_t stream) {
   const AttentionKernel kernel = find(shape);
   launch_attend(kernel, params, shape, dim3(workers, params.kv_heads), stream);
-  launch_merge(kernel, params, shape, rows, stream);
+  launch_merge(kernel.merge, params, shape, rows, stream);
 }
 
 }  // namespace dendrite

@@ -3,18 +3,16 @@
 
 #include "dendrite/tree_attention.cuh"
 #include "dendrite/tree_attention_f32.cuh"
-#include "dendrite/tree_attention_merge.cuh"
 #ifndef DENDRITE_EMULATE
 #include "dendrite/tree_attention_tma.cuh"
 #endif
-#include "launch.h"
-#include "tree_attention.h"
+#include "tree_attention_merge.h"
 
 namespace dendrite {
 
 struct AttentionKernel {
   void (*attend)(TreeAttentionParams);
-  void (*merge)(TreeAttentionParams, int);
+  MergeKernel merge;
   int threads, shared_bytes;
 #ifndef DENDRITE_EMULATE
   // Instead of `attend`: takes maps of the keys and of the values too.
@@ -33,7 +31,7 @@ extern template AttentionKernel attention_kernel<256>(const TreeAttentionShape&)
 template <class T, int kDim, int kWarps>
 AttentionKernel tensor_core_kernel() {
   constexpr int kTile = kDim <= 128 ? kTileUnits : kTileUnits / 2;
-  return {tree_attention_kernel<T, kDim, kWarps, kTile>,
+  return {tree_attention_kernel<T, kDim, kWarps, kTile, PageReader>,
           merge_partials_kernel<T, 16 * kWarps, kDim>, kWarps * 32,
           AttentionShared<kDim, kTile>::kBytes};
 }
@@ -67,7 +65,7 @@ AttentionKernel attention_kernel(const TreeAttentionShape& shape) {
     case Dtype::kBF16: return tensor_core_kernel<bf16, kDim>(shape.q_tile);
     case Dtype::kF32: break;
   }
-  return {tree_attention_f32_kernel<kDim>, merge_partials_kernel<float, 64, kDim>,
+  return {tree_attention_f32_kernel<kDim, PageReaderF32>, merge_partials_kernel<float, 64, kDim>,
           128, AttentionSharedF32<kDim>::kBytes};
 }
 

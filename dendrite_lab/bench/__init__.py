@@ -25,6 +25,7 @@ BENCHMARKS: Registry[Callable[[Sequence[str]], dict[str, Any]]] = Registry(
         "fork": "dendrite_lab.bench.fork:run",
         "game24": "dendrite_lab.bench.game24_search:run",
         "gemm": "dendrite_lab.bench.gemm:run",
+        "kv-attention": "dendrite_lab.bench.gpu_kv_attention:run",
         "kv-formats": "dendrite_lab.bench.kv_formats:run",
         "mask": "dendrite_lab.bench.mask:run",
         "memory": "dendrite_lab.bench.memory:run",

@@ -141,18 +141,28 @@ def sampled_rows(count: int) -> list[int]:
 
 def _exact_row(case: Case, row: int) -> torch.Tensor:
     """Attention of one row in fp32, [heads, head_dim]."""
+    index, length = row_pages(case, row)
+    k, v = (
+        pages[0, index].float().transpose(1, 2).flatten(0, 1)[:length] for pages in (case.k, case.v)
+    )
+    return attend_row(case, row, k, v)
+
+
+def row_pages(case: Case, row: int) -> tuple[torch.Tensor, int]:
+    """Ids of the pages that a row reads, in order, and how many of their tokens."""
     plan: Any = case.planned.plan
     reads = (plan.node_row_begin <= row) & (row < plan.node_row_end)
     ids = np.concatenate([
         plan.page_indices[plan.node_page_indptr[n] : plan.node_page_indptr[n + 1]]
         for n in np.flatnonzero(reads)
     ])  # fmt: skip
-    index = torch.from_numpy(ids.astype(np.int64)).to(case.device)
     length = int(plan.positions[row]) + 1  # of what a prompt's rows read, later tokens are hidden
+    return torch.from_numpy(ids.astype(np.int64)).to(case.device), length
+
+
+def attend_row(case: Case, row: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of one row over k and v fp32 [n, kv_heads, head_dim], [heads, head_dim]."""
     group = case.heads.heads // case.heads.kv_heads
-    k, v = (
-        pages[0, index].float().transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, 1)
-        for pages in (case.k, case.v)
-    )
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     score = torch.einsum("hd,khd->hk", case.q[row].float(), k) * case.scale
     return torch.einsum("hk,khd->hd", score.softmax(-1), v)

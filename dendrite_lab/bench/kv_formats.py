@@ -27,13 +27,14 @@ def run(argv: Sequence[str] = ()) -> dict[str, Any]:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--branches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(list(argv))
     most = max(args.branches)
     room = most * (args.context + args.repeats * len(args.branches) * args.tokens + 64)
     engines = {
-        name: make_engine(args.model, room, kv_format=name, prefix_cache=False)
+        name: make_engine(args.model, room, kv_format=name, prefix_cache=False, device=args.device)
         for name in args.formats
     }
     ids = prompt_ids(next(iter(engines.values())).tokenizer, args.context + most)

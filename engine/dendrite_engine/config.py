@@ -100,15 +100,15 @@ class EngineConfig:
             "cuda" or "cuda:N". "cuda-twin" runs the GPU's path on CPU tensors, for tests.
         dtype: compute type: "auto" (bfloat16 on CUDA, float32 on CPU), "float32", "bfloat16" or
             "float16"; the last two need CUDA.
-        kv_format: how a page stores K and V. "auto" never quantises: numbers as in dtype. On the
-            CPU also "fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "tq4", "tq3", "tq2",
-            the pairs "k8v4" and "k4v2", or any pair "K/V" such as "fp8_e4m3/tq3"; docs/tuning.md
-            says which to take when. The last eight need a page_size that is a multiple of 16.
+        kv_format: how a page stores K and V. "auto" never quantises: numbers as in dtype. Also
+            "fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "tq4", "tq3", "tq2", the pairs
+            "k8v4" and "k4v2", or any pair "K/V" such as "fp8_e4m3/tq3"; docs/tuning.md says which
+            to take when. Numbers other than dtype's need a page_size that is a multiple of 16.
         kv_layers: another kv_format for single layers, for example {0: "bf16", -1: "bf16"}; -1 is
             the last layer.
         kv_first_page: another kv_format for the pages that hold position 0 ("bf16", an 8-bit
             format), or None. Attention rests on the first tokens, so errors there cost most. There
-            is room for one such page in 16.
+            is room for one such page in 16. CPU only.
         kv_center: subtract each head's mean K, as found once by `dendrite-lab calibrate MODEL`,
             before it is quantised.
         kv_budget: bytes for pages, or "auto": 1 GiB on CPU; on CUDA nine tenths of the memory that

@@ -168,6 +168,7 @@ class AttentionProbe(AttentionBackend[ForwardBatch]):
         layers = model.config.num_layers
         self._inner, self._ops = TreeAttention(model.ops), model.ops
         self._pools = dict(pools)
+        self._views: dict[str, Sequence[tuple[Any, Any]]]
         self._views = {name: pool.views() for name, pool in pools.items()}
         self._errors = {name: torch.zeros(layers, dtype=torch.float64) for name in pools}
         self._sizes = torch.zeros(layers, dtype=torch.float64)

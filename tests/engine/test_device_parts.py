@@ -304,7 +304,7 @@ def test_an_unknown_device_is_refused(name):
     ("options", "error", "match"),
     [
         ({"device": "cuda-twin", "kv_format": "int1"}, UnknownName, "known: bf16, fp16, fp32"),
-        ({"device": "cuda-twin", "kv_format": "bf16"}, InvalidArgument, "kv_format 'bf16'"),
+        ({"device": "cuda-twin", "kv_first_page": "bf16"}, InvalidArgument, "kv_first_page='bf16'"),
         ({"device": "cuda-twin", "attention": "magic"}, UnknownName, "known: flashinfer"),
         ({"device": "cpu", "dtype": "bfloat16"}, InvalidArgument, "needs a CUDA device"),
         ({"device": "cuda-twin", "kv_budget": 10, "num_pages": None}, InvalidArgument, "no page"),

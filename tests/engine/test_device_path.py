@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device_engines import ON_A_GPU, engine_maker, why_no_gpu
 
 from dendrite_engine import SamplingParams
 from dendrite_engine.errors import DeviceError, IntegrityError
@@ -15,56 +16,15 @@ TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. "
 KINDS = ("llama", "llama-bias", "mistral-window", "qwen3", "qwen3-window")
 
 
-def _why_no_gpu() -> str:
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    from dendrite_engine.kernels.device_ops import load_cuda
-
-    result = load_cuda()
-    return "" if result.loaded else result.reason
-
-
-ON_A_GPU = pytest.param("cuda", marks=pytest.mark.cuda)
-
-
-def _maker(where: str, make_engine, monkeypatch):
-    """Makes engines on the device path: with the torch twins, with the kernels' source in the
-    emulator, or on a GPU. The models are wide, because the kernels need heads of 64.
-    """
-    if where == "cuda" and (reason := _why_no_gpu()):
-        pytest.skip(reason)
-    if where == "emulated":
-        _emulate(monkeypatch)
-
-    def make(kind: str = "llama", **options):
-        device = "cuda" if where == "cuda" else "cuda-twin"
-        return make_engine(kind + WIDE, **{"device": device, "dtype": "float32", **options})
-
-    return make
-
-
 @pytest.fixture(params=["twin", ON_A_GPU], name="on_device")
 def _on_device(request, make_engine, monkeypatch):
-    return _maker(request.param, make_engine, monkeypatch)
+    return engine_maker(request.param, make_engine, monkeypatch)
 
 
 @pytest.fixture(params=["twin", "emulated", ON_A_GPU], name="on_kernels")
 def _on_kernels(request, make_engine, monkeypatch):
     """As on_device, and in the emulator, which is slow: for tests of what kernels compute."""
-    return _maker(request.param, make_engine, monkeypatch)
-
-
-def _emulate(monkeypatch) -> None:
-    """Engines of the device cuda-twin run the kernels' source from now on."""
-    from dendrite_engine.kernels import device_ops
-
-    result = device_ops.load_emulated()
-    if not result.loaded:
-        pytest.skip(result.reason)
-    real = device_ops.DeviceKernels
-    monkeypatch.setattr(
-        device_ops, "DeviceKernels", lambda name, reason: real("emulated", result.reason)
-    )
+    return engine_maker(request.param, make_engine, monkeypatch)
 
 
 @pytest.fixture(name="on_cpu")
@@ -316,7 +276,7 @@ def test_times_are_known_once_steps_are_done(on_device):
 
 @pytest.mark.cuda
 def test_graphs_give_the_tokens_of_eager_steps(on_device):
-    if not (reason := _why_no_gpu()):
+    if not (reason := why_no_gpu()):
         graphed, eager = on_device(), on_device(graph_rows=0)
         for _ in range(2):  # the second time every size has been captured
             assert _tree(graphed) == _tree(eager)
@@ -330,7 +290,7 @@ def test_graphs_give_the_tokens_of_eager_steps(on_device):
 
 @pytest.mark.cuda
 def test_a_pass_that_can_not_be_captured_runs_eagerly(on_device, monkeypatch):
-    if reason := _why_no_gpu():
+    if reason := why_no_gpu():
         pytest.skip(reason)
     expected, engine = _tree(on_device()), on_device()
     attention = engine._parts.runner.attention

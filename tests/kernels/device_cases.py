@@ -39,6 +39,11 @@ class Target:
     device: str
     _guarded: list[torch.Tensor] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """ "emulated" or "cuda"."""
+        return self.ops.name
+
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, a copy even on the CPU, with guards around it."""
         whole = torch.empty(tensor.numel() + 2 * _GUARD, dtype=tensor.dtype, device=self.device)

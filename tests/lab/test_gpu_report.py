@@ -86,6 +86,24 @@ def test_deterministic_mode_and_memory_have_tables_of_their_own():
     assert "| tiny | 64 | 0 | 1 |" in text
 
 
+def test_page_formats_show_rates_and_what_the_store_takes():
+    row = {"tree": "64; 32768", "heads": "32/8 d=128", "format": "tq4", "bytes": 2_214_592_512,
+           "us": spread(900.0), "tb_per_s": 2.461, "times_unquantised": 3.1,
+           "error": 0.003}  # fmt: skip
+    broken = {"tree": "64; 32768", "heads": "32/8 d=128", "format": "tq2", "bytes": 1_140_850_688,
+              "us": None,
+              "times_unquantised": None, "trouble": "wrong: relative error 1"}  # fmt: skip
+    store = {"heads": "32/8 d=128", "branches": 64, "format": "tq4", "store_us": spread(4.0),
+             "times_unquantised": 1.3, "share_of_step": 0.0123}  # fmt: skip
+    text = gpu_tables.render(
+        [report("kv-attention", [row, broken], store=[store], copy_tb_per_s=2.99)]
+    )
+    assert "a large copy\nreaches 2.99 TB/s" in text
+    assert "| 32/8 d=128 | tq4 | 2.215 | 900 (450 .. 1,800) | 2.461 | 3.1 | 0.003 | - |" in text
+    assert "| tq2 | 1.141 | - | - | - | - | wrong: relative error 1 |" in text
+    assert "| 32/8 d=128 | 64 | tq4 | 4 (2 .. 8) | 1.3 | 1.2 % |" in text
+
+
 def test_a_backend_that_was_asked_for_is_named():
     engine = {"attention": "flashinfer-cascade: FlashInfer 0.6.11, cascade"}
     text = gpu_tables.render([report("tree", [work_row("branches")], engine=engine)])

@@ -67,6 +67,30 @@ DENDRITE_DEVICE float2 unpack2<half_t>(uint32_t packed) {
   return make_float2(to_float(half_t{uint16_t(packed)}), to_float(half_t{uint16_t(packed >> 16)}));
 }
 
+// Two products of T.
+template <class T>
+DENDRITE_DEVICE uint32_t mul2(uint32_t a, uint32_t b);
+template <>
+DENDRITE_DEVICE uint32_t mul2<bf16>(uint32_t a, uint32_t b) {
+  uint32_t out;  // sm_80 has no product alone
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
+  return out;
+}
+template <>
+DENDRITE_DEVICE uint32_t mul2<half_t>(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+
+// Byte i of the result is byte `selector >> 4 i & 7` of the eight of a (the lower ones) and b.
+DENDRITE_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// A product that is rounded before it is added to anything.
+DENDRITE_DEVICE float mul_rounded(float a, float b) { return __fmul_rn(a, b); }
+
 // ---- warps and blocks
 
 constexpr uint32_t kAllLanes = 0xffffffffu;

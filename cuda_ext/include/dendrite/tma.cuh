@@ -61,6 +61,33 @@ DENDRITE_DEVICE void store_shared_16(SharedAddress to, uint4 value) {
                : "memory");
 }
 
+DENDRITE_DEVICE float2 load_shared_floats(SharedAddress from) {
+  float2 out;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(out.x), "=f"(out.y) : "r"(from) : "memory");
+  return out;
+}
+DENDRITE_DEVICE void store_shared_float(SharedAddress to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
+
+// What this thread wrote to shared memory can be seen by warpgroup products and bulk copies.
+DENDRITE_DEVICE void publish_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// `bytes` (a multiple of 16) from global memory, by one thread.
+DENDRITE_DEVICE void load_bytes(SharedAddress smem, const void* from, int bytes,
+                                SharedAddress barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          smem),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// A barrier of `threads` threads of the block.
+DENDRITE_DEVICE void sync_some(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 DENDRITE_DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -21,14 +21,50 @@ struct AttentionShared {
   static constexpr int kBytes = kEntriesAt + 4 * kTile * int(sizeof(WorkEntry));
 };
 
-template <class T, int kDim, int kWarps, int kTile>
+// Brings unquantised pages to shared memory, row j * kUnit + r of a tile for slot r of entry j.
+template <class T, int kDim, int kThreads, int kTile>
+struct PageReader {
+  using Params = TreeAttentionParams;
+  static constexpr bool kScaled = false;
+  static constexpr int kSharedBytes = 0;
+  static constexpr int kStride = AttentionShared<kDim, kTile>::kStride;
+
+  const Params& p;
+
+  DENDRITE_DEVICE PageReader(const Params& p, char*) : p(p) {}
+
+  // A whole entry is one contiguous piece of memory.
+  DENDRITE_DEVICE void load_tile(const WorkEntry* entries, int head, T* keys, T* values, int) const {
+    constexpr int kParts = kDim / 8;  // 16-byte parts of a row
+#pragma unroll
+    for (int j = 0; j < kTile; ++j) {
+      const WorkEntry entry = entries[j];
+      const size_t from = entry_offset(p, entry, head, kDim);
+      const T* k_from = static_cast<const T*>(p.k_pages) + from;
+      const T* v_from = static_cast<const T*>(p.v_pages) + from;
+#pragma unroll
+      for (int first = 0; first < kUnit * kParts; first += kThreads) {
+        const int part = first + threadIdx.x;
+        if (kUnit * kParts % kThreads != 0 && part >= kUnit * kParts) break;
+        const int row = part / kParts;
+        const int to = (j * kUnit + row) * kStride + part % kParts * 8;
+        const bool valid = row < entry.len;
+        cp_async_16(keys + to, k_from + (valid ? part * 8 : 0), valid ? 16 : 0);
+        cp_async_16(values + to, v_from + (valid ? part * 8 : 0), valid ? 16 : 0);
+      }
+    }
+  }
+};
+
+template <class T, int kDim, int kWarps, int kTile, class Reader>
 class AttentionWarp {
   using Shared = AttentionShared<kDim, kTile>;
   static constexpr int kSteps = kDim / 16;
   static constexpr int kThreads = kWarps * 32;
 
  public:
-  DENDRITE_DEVICE AttentionWarp(const TreeAttentionParams& p, char* smem) : p_(p), smem_(smem) {}
+  DENDRITE_DEVICE AttentionWarp(const typename Reader::Params& p, char* smem)
+      : p_(p), smem_(smem), reader_(p, smem + Shared::kBytes) {}
 
   // Takes one segment; returns the worker's next one, or -1.
   DENDRITE_DEVICE int run(int index) {
@@ -91,27 +127,8 @@ class AttentionWarp {
     cp_async_16(ring(t) + j, entries + (valid ? index : 0), valid ? 16 : 0);
   }
 
-  // A whole entry is one contiguous piece of memory.
   DENDRITE_DEVICE void load_tile(int t) {
-    constexpr int kParts = kDim / 8;  // 16-byte parts of a row
-    const WorkEntry* entries = ring(t);
-#pragma unroll
-    for (int j = 0; j < kTile; ++j) {
-      const WorkEntry entry = entries[j];
-      const size_t from = entry_offset(p_, entry, head(), kDim);
-      const T* k_from = static_cast<const T*>(p_.k_pages) + from;
-      const T* v_from = static_cast<const T*>(p_.v_pages) + from;
-#pragma unroll
-      for (int first = 0; first < kUnit * kParts; first += kThreads) {
-        const int part = first + threadIdx.x;
-        if (kUnit * kParts % kThreads != 0 && part >= kUnit * kParts) break;
-        const int row = part / kParts;
-        const int to = (j * kUnit + row) * Shared::kStride + part % kParts * 8;
-        const bool valid = row < entry.len;
-        cp_async_16(keys(t) + to, k_from + (valid ? part * 8 : 0), valid ? 16 : 0);
-        cp_async_16(values(t) + to, v_from + (valid ? part * 8 : 0), valid ? 16 : 0);
-      }
-    }
+    reader_.load_tile(ring(t), head(), keys(t), values(t), t & 1);
   }
 
   // The entries of a tile go through the tensor cores together, which keeps enough instructions in
@@ -135,8 +152,7 @@ class AttentionWarp {
 #pragma unroll 1
     for (int j = 0; j < kTile; ++j) {
       if (!rows_.reads(p_, entries[j], low, high)) continue;
-      const int at = j * kUnit * Shared::kStride;
-      one_entry(entries + j, keys(t) + at, values(t) + at);
+      one_entry(entries + j, t, j);
     }
   }
 
@@ -144,22 +160,27 @@ class AttentionWarp {
   DENDRITE_DEVICE bool tile_without_growth(int t, bool whole) {
     float s[1][2 * kTile][4];
     scores<kTile>(keys(t), s);
+    if constexpr (Reader::kScaled) reader_.template scale_scores<kTile>(s[0], t & 1, 0);
     if (!whole) rows_.template mask<kTile>(p_, ring(t), s);
     float sums[1][2] = {{rows_.l[0][0], rows_.l[0][1]}};
     if (any_sync(rows_.template weigh<kTile>(p_.scale_log2, s, 0, kTile, sums))) return false;
     rows_.l[0][0] = sums[0][0];
     rows_.l[0][1] = sums[0][1];
+    if constexpr (Reader::kScaled) reader_.template scale_weights<kTile>(s[0], t & 1, 0);
     accumulate<kTile>(values(t), s);
     return true;
   }
 
-  DENDRITE_DEVICE void one_entry(const WorkEntry* entry, const T* k, const T* v) {
+  DENDRITE_DEVICE void one_entry(const WorkEntry* entry, int t, int j) {
+    const int at = j * kUnit * Shared::kStride;
     float s[1][2][4];
-    scores<1>(k, s);
+    scores<1>(keys(t) + at, s);
+    if constexpr (Reader::kScaled) reader_.template scale_scores<1>(s[0], t & 1, j);
     rows_.template mask<1>(p_, entry, s);
     rows_.template grow<1>(p_.scale_log2, s, 0);
     rows_.template weigh<1>(p_.scale_log2, s, 0, 1, rows_.l);
-    accumulate<1>(v, s);
+    if constexpr (Reader::kScaled) reader_.template scale_weights<1>(s[0], t & 1, j);
+    accumulate<1>(values(t) + at, s);
   }
 
   // Raw scores of kCount entries.
@@ -203,17 +224,19 @@ class AttentionWarp {
 
   const TreeAttentionParams& p_;
   char* smem_;
+  const Reader reader_;
   uint32_t q_[kSteps][4];
   AttentionRows<T, kDim, 1> rows_;
 };
 
-template <class T, int kDim, int kWarps, int kTile>
+// `Reader`: PageReader, or PackedReader.
+template <class T, int kDim, int kWarps, int kTile, template <class, int, int, int> class Reader>
 DENDRITE_KERNEL __launch_bounds__(kWarps * 32)
-tree_attention_kernel(TreeAttentionParams p) {
+tree_attention_kernel(typename Reader<T, kDim, kWarps * 32, kTile>::Params p) {
   DENDRITE_SHARED_MEMORY(char, smem);
   grid_dependency_launch();
   grid_dependency_wait();
-  AttentionWarp<T, kDim, kWarps, kTile> warp(p, smem);
+  AttentionWarp<T, kDim, kWarps, kTile, Reader<T, kDim, kWarps * 32, kTile>> warp(p, smem);
   for (int index = blockIdx.x; index >= 0;) index = warp.run(index);
 }
 

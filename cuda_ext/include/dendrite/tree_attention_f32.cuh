@@ -5,6 +5,7 @@
 #pragma once
 
 #include "tree_attention_state.cuh"
+#include "vectors.cuh"
 
 namespace dendrite {
 
@@ -20,15 +21,30 @@ struct AttentionSharedF32 {
   static constexpr int kBytes = kStateAt + 3 * kQueries * 4;
 };
 
+// Loads values of unquantised pages.
 template <int kDim>
+struct PageReaderF32 {
+  using Params = TreeAttentionParams;
+  const Params& p;
+
+  // Eight values of slot r of an entry.
+  DENDRITE_DEVICE void load(const WorkEntry& entry, int head, int r, int chunk, float (&k)[8],
+                            float (&v)[8]) const {
+    const size_t from = entry_offset(p, entry, head, kDim) + r * kDim + chunk * 8;
+    load_floats<8>(k, static_cast<const float*>(p.k_pages) + from);
+    load_floats<8>(v, static_cast<const float*>(p.v_pages) + from);
+  }
+};
+
+template <int kDim, class Reader>
 class AttentionBlockF32 {
   using Shared = AttentionSharedF32<kDim>;
   static constexpr int kQueries = Shared::kQueries;
   static constexpr int kThreads = 128;
 
  public:
-  DENDRITE_DEVICE AttentionBlockF32(const TreeAttentionParams& p, char* smem)
-      : p_(p), head_(blockIdx.y), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
+  DENDRITE_DEVICE AttentionBlockF32(const typename Reader::Params& p, char* smem)
+      : p_(p), reader_{p}, head_(blockIdx.y), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
     q_ = reinterpret_cast<float*>(smem + Shared::kQAt);
     o_ = reinterpret_cast<float*>(smem + Shared::kOAt);
     k_ = reinterpret_cast<float*>(smem + Shared::kKAt);
@@ -78,13 +94,12 @@ class AttentionBlockF32 {
   }
 
   DENDRITE_DEVICE void load(const WorkEntry& entry) {
-    const size_t from = entry_offset(p_, entry, head_, kDim);
-    for (int at = threadIdx.x; at < kUnit * kDim; at += kThreads) {
-      const int r = at / kDim, d = at % kDim;
-      const bool valid = r < entry.len;
-      const size_t source = from + (valid ? at : 0);
-      k_[r * Shared::kStride + d] = valid ? static_cast<const float*>(p_.k_pages)[source] : 0.f;
-      v_[r * Shared::kStride + d] = valid ? static_cast<const float*>(p_.v_pages)[source] : 0.f;
+    for (int at = threadIdx.x; at < kUnit * kDim / 8; at += kThreads) {
+      const int r = at / (kDim / 8), chunk = at % (kDim / 8);
+      float k[8] = {}, v[8] = {};
+      if (r < entry.len) reader_.load(entry, head_, r, chunk, k, v);
+      store_floats<8>(k_ + r * Shared::kStride + chunk * 8, k);
+      store_floats<8>(v_ + r * Shared::kStride + chunk * 8, v);
     }
   }
 
@@ -142,18 +157,20 @@ class AttentionBlockF32 {
   }
 
   const TreeAttentionParams& p_;
+  const Reader reader_;
   const int head_, lane_, warp_;
   float *q_, *o_, *k_, *v_, *m_, *l_;
   int* position_;
   int row_begin_, num_queries_;
 };
 
-template <int kDim>
-DENDRITE_KERNEL tree_attention_f32_kernel(TreeAttentionParams p) {
+// `Reader`: PageReaderF32, or PackedReaderF32.
+template <int kDim, template <int> class Reader>
+DENDRITE_KERNEL tree_attention_f32_kernel(typename Reader<kDim>::Params p) {
   DENDRITE_SHARED_MEMORY(char, smem);
   grid_dependency_launch();
   grid_dependency_wait();
-  AttentionBlockF32<kDim> block(p, smem);
+  AttentionBlockF32<kDim, Reader<kDim>> block(p, smem);
   for (int index = blockIdx.x; index >= 0;) index = block.run(index);
 }
 

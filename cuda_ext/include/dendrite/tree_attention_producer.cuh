@@ -27,7 +27,7 @@ class AttentionProducer {
         const uint4 now = ahead;
         ahead = entry(segment, first + 32 + lane());
         const int row = first_row(now);
-        const uint4 summary = summarise(work_entry(now), segment);
+        const uint4 summary = summarise<kTile, kGroups>(p_, work_entry(now), segment);
         for (; j < 32 && first + j < count; j += kTile) load_tile(now, summary, row, j);
       }
       if (segment.next < 0) return;
@@ -54,28 +54,6 @@ class AttentionProducer {
     return load_16(p_.work + segment.entries + 4 * index);
   }
 
-  // A TileSummary, in all lanes that hold the tile's entries.
-  DENDRITE_DEVICE uint4 summarise(const WorkEntry& entry, const WorkSegment& segment) const {
-    int begin = first_reader(entry) * p_.group, end = end_of_readers(entry) * p_.group;
-    int low = entry.pos, high = entry.len == kUnit ? entry.pos + kUnit - 1 : 0x7fffffff;
-    int readers = 0;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const int limit = min(64 * (g + 1), segment.num_rows * p_.group);
-      if (entry.len > 0 && begin < limit && end > 64 * g) readers |= 1 << g;
-    }
-#pragma unroll
-    for (int mask = 1; mask < kTile; mask *= 2) {
-      begin = max(begin, shfl_xor(begin, mask));
-      end = min(end, shfl_xor(end, mask));
-      low = min(low, shfl_xor(low, mask));
-      high = max(high, shfl_xor(high, mask));
-      readers |= shfl_xor(readers, mask);
-    }
-    return make_uint4(uint32_t(begin | readers << TileSummary::kReadersAt), uint32_t(end),
-                      uint32_t(low), uint32_t(high));
-  }
-
   // The lanes of a tile leave its entries and its summary.
   DENDRITE_DEVICE void store_entry(int tile, const uint4& entry, const uint4& summary) const {
     store_shared_16(shared_.entries(tile) + lane() % kTile * int(sizeof(WorkEntry)), entry);
@@ -89,7 +67,7 @@ class AttentionProducer {
     const uint32_t old = ballot((entry.z & kOld) != 0);
     const int row = first_row(entry);
     const int tiles = min(kFirst, (segment.count + kTile - 1) / kTile);
-    const uint4 summary = summarise(work_entry(entry), segment);
+    const uint4 summary = summarise<kTile, kGroups>(p_, work_entry(entry), segment);
     if (lane() < tiles * kTile) store_entry(lane() / kTile, entry, summary);
     sync_warp();
     for (Place at; at.tile < tiles; at.step()) {

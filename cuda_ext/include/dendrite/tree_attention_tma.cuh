@@ -15,9 +15,8 @@
 
 namespace dendrite {
 
-template <class T, int kDim, int kGroups>
+template <class T, int kDim, int kGroups, class Shared = AttentionSharedTma<kDim, kGroups>>
 class AttentionConsumer {
-  using Shared = AttentionSharedTma<kDim, kGroups>;
   using Place = typename Shared::Place;
   static constexpr int kTile = Shared::kTile;
   using Scores = float[1][2 * kTile][4];
@@ -95,9 +94,13 @@ class AttentionConsumer {
         start_values(here_, weights);
         wgmma_wait<1>();
         hold(s[0]);
+        scale_scores(next, s);
         mask(next, s);
         grows = !weigh(s);
-        if (!grows) release(shared_.keys_empty(next));
+        if (!grows) {
+          scale_weights(next, s, 0, kTile);
+          release(shared_.keys_empty(next));
+        }
         wgmma_wait<0>();
         hold(rows_.o[0]);
         release(shared_.values_empty(here_));
@@ -148,6 +151,26 @@ class AttentionConsumer {
     hold(rows_.o[0]);
   }
 
+  // Multiplies the scores of a tile with the scales of its keys, and weights of entries [first, last)
+  // with those of the values; both lie beside the keys, and go with them.
+  DENDRITE_DEVICE void scale_scores(const Place& at, Scores& s) const {
+    if constexpr (Shared::kScaled) multiply(shared_.key_scales(at), s, 0, kTile);
+  }
+  DENDRITE_DEVICE void scale_weights(const Place& at, Scores& s, int first, int last) const {
+    if constexpr (Shared::kScaled) multiply(shared_.value_scales(at), s, first, last);
+  }
+  static DENDRITE_DEVICE void multiply(SharedAddress by, Scores& s, int first, int last) {
+#pragma unroll
+    for (int n = 0; n < 2 * kTile; ++n) {
+      if (n / 2 < first || n / 2 >= last) continue;
+      const float2 factor = load_shared_floats(by + (n * 8 + lane() % 4 * 2) * 4);
+      s[0][n][0] *= factor.x;
+      s[0][n][1] *= factor.y;
+      s[0][n][2] *= factor.x;
+      s[0][n][3] *= factor.y;
+    }
+  }
+
   // Hides what rows may not see.
   DENDRITE_DEVICE void mask(const Place& at, Scores& s) const {
     if (!whole_) rows_.template mask<kTile>(p_, Entries{shared_.entries(at.tile)}, s);
@@ -169,7 +192,10 @@ class AttentionConsumer {
   DENDRITE_DEVICE void grow(const Place& at, Scores& s) {
     scores(at, s);
     rows_.template begin<kTile>(p_.scale_log2, s);
-    if (weigh(s)) return;
+    if (weigh(s)) {
+      scale_weights(at, s, 0, kTile);
+      return;
+    }
     scores(at, s);
     one_by_one(at, s);
   }
@@ -177,6 +203,7 @@ class AttentionConsumer {
     start_scores(at, s);
     wgmma_wait<0>();
     hold(s[0]);
+    scale_scores(at, s);
     mask(at, s);
   }
 
@@ -187,6 +214,7 @@ class AttentionConsumer {
     for (int j = 0; j < kTile; ++j) {
       rows_.template grow<kTile>(p_.scale_log2, s, j);
       rows_.template weigh<kTile>(p_.scale_log2, s, j, j + 1, rows_.l);
+      scale_weights(at, s, j, j + 1);
       uint32_t a[4];
       rows_.template pack<kTile>(s[0], j, a);
       hold(rows_.o[0]);

@@ -100,7 +100,7 @@ class AttentionSetup:
     Attributes:
         ops: the device kernels (kernels.device_ops) or their twins.
         device: where q, pages and scratch are.
-        dtype: of q, K, V and the output.
+        dtype: of q and the output, and of K and V unless pages are packed.
         num_heads, num_kv_heads, head_dim: shape of a layer.
         windows: sliding windows that occur in the model's layers, 0 for full attention.
         page_size: tokens per page.
@@ -108,6 +108,8 @@ class AttentionSetup:
         graph_rows: rows of a batch that runs as a CUDA graph at most; 0 without graphs.
         deterministic: a row's result must be bitwise independent of the other rows.
         is_twin: CPU tensors stand in for a GPU.
+        kv_format: how a page stores K and V.
+        is_packed: pages are DevicePages: codes, which only the engine's own kernels read.
     """
 
     ops: Any
@@ -122,10 +124,13 @@ class AttentionSetup:
     graph_rows: int
     deterministic: bool
     is_twin: bool
+    kv_format: str = "auto"
+    is_packed: bool = False
 
 
 class DeviceAttention(AttentionBackend[DeviceBatch]):
-    """Attention over token-major pages [pages, kv_heads, page_size, head_dim] of one layer.
+    """Attention over the pages of one layer: token-major [pages, kv_heads, page_size, head_dim], or
+    K and V as DevicePages, with q in the basis of the K codes.
 
     `prepare` runs once per step on the host, `attend` once per layer. Made with an AttentionSetup;
     a backend that can't serve it raises `BackendUnavailable` with the reason. Large scratch memory

@@ -6,6 +6,7 @@ import torch
 
 from dendrite_engine.attention.base import Plan
 from dendrite_engine.attention.device_base import AttentionSetup, DeviceAttention, DeviceBatch
+from dendrite_engine.kernels.device_packed import DevicePages
 
 
 class DeviceReferenceAttention(DeviceAttention):
@@ -21,7 +22,7 @@ class DeviceReferenceAttention(DeviceAttention):
         self._page_size = setup.page_size
         self._device = setup.device
         self._items: list[tuple[int, int, torch.Tensor]] = []
-        self.reason = "plain torch"
+        self.reason = "plain torch, every vector decoded" if setup.is_packed else "plain torch"
 
     def prepare(self, plan: Plan, batch: DeviceBatch) -> int:
         """Find the slots of every item's context; see DeviceAttention.prepare."""
@@ -36,8 +37,8 @@ class DeviceReferenceAttention(DeviceAttention):
     def attend(
         self,
         q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        k_pages: torch.Tensor | DevicePages,
+        v_pages: torch.Tensor | DevicePages,
         batch: DeviceBatch,
         out: torch.Tensor,
         *,
@@ -45,9 +46,8 @@ class DeviceReferenceAttention(DeviceAttention):
         window: int,
     ) -> None:
         """See AttentionBackend.attend; O(rows * context) gathers."""
-        groups = q.shape[1] // k_pages.shape[1]
         for begin, end, slots in self._items:
-            keys, values = (_gather(pages, slots, groups) for pages in (k_pages, v_pages))
+            keys, values = _gather(k_pages, slots, True), _gather(v_pages, slots, False)
             rows = batch.positions[begin:end].long()[:, None]
             cols = torch.arange(len(slots), device=q.device)
             visible = cols[None] <= rows
@@ -59,6 +59,7 @@ class DeviceReferenceAttention(DeviceAttention):
                 values,
                 attn_mask=visible,
                 scale=scale,
+                enable_gqa=True,
             )
             out[begin:end] = attended[0].transpose(0, 1).to(out.dtype)
 
@@ -75,8 +76,11 @@ def _slots(plan: Plan, row: int, page_size: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _gather(pages: torch.Tensor, slots: torch.Tensor, groups: int) -> torch.Tensor:
-    """fp32 [1, heads, context, head_dim] of pages [pages, kv_heads, page_size, head_dim]."""
-    size = pages.shape[2]
-    taken = pages[slots // size, :, slots % size].float()
-    return taken.repeat_interleave(groups, 1).transpose(0, 1)[None]
+def _gather(pages: torch.Tensor | DevicePages, slots: torch.Tensor, is_key: bool) -> torch.Tensor:
+    """fp32 [1, kv_heads, context, head_dim]; K in the basis of q, V in that of the model."""
+    if isinstance(pages, DevicePages):
+        taken = pages.stored_at(slots) if is_key else pages.restored_at(slots)
+    else:
+        size = pages.shape[2]
+        taken = pages[slots // size, :, slots % size].float()
+    return taken.transpose(0, 1)[None]

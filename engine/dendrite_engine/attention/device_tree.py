@@ -9,6 +9,7 @@ import torch
 from dendrite_engine.attention.base import Plan
 from dendrite_engine.attention.device_base import AttentionSetup, DeviceAttention, DeviceBatch
 from dendrite_engine.errors import BackendUnavailable
+from dendrite_engine.kernels.device_packed import DevicePages
 
 _HEAD_DIMS = (64, 96, 128, 256)
 _UNIT = 16  # slots of an entry of the work list, which takes 4 ints
@@ -44,8 +45,12 @@ class DeviceTreeAttention(DeviceAttention):
         self._group = setup.num_heads // setup.num_kv_heads
         self._windows = sorted(setup.windows)
         like = torch.empty(1, dtype=setup.dtype, device=setup.device)
+        ops = setup.ops
+        workers = (
+            ops.tree_attention_packed_workers if setup.is_packed else (ops.tree_attention_workers)
+        )
         self._workers = {
-            tile: setup.ops.tree_attention_workers(like, setup.head_dim, setup.num_kv_heads, tile)
+            tile: workers(like, setup.head_dim, setup.num_kv_heads, tile)
             for tile in {self._tile(1), self._tile(setup.max_rows)}
         }
         self._max_reads, self._few_reads = self._limits()
@@ -121,8 +126,8 @@ class DeviceTreeAttention(DeviceAttention):
     def attend(
         self,
         q: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        k_pages: torch.Tensor | DevicePages,
+        v_pages: torch.Tensor | DevicePages,
         batch: DeviceBatch,
         out: torch.Tensor,
         *,
@@ -136,9 +141,16 @@ class DeviceTreeAttention(DeviceAttention):
             part = self._part(len(work))
             begin = self._windows.index(window) * part
             work = work[begin : begin + part]
-        self._setup.ops.tree_attention(
-            q, k_pages, v_pages, batch.positions, work, self._partials, out, scale, window, tile,
-            self._workers[tile],
+        cut = scale, window, tile, self._workers[tile]
+        if not isinstance(k_pages, DevicePages) or not isinstance(v_pages, DevicePages):
+            self._setup.ops.tree_attention(
+                q, k_pages, v_pages, batch.positions, work, self._partials, out, *cut
+            )
+            return
+        self._setup.ops.tree_attention_packed(
+            q, k_pages.data, batch.positions, work, self._partials, out, v_pages.signs, *cut,
+            k_pages.layer_at, k_pages.page_size, k_pages.kv_heads, k_pages.codec.native_id,
+            v_pages.codec.native_id,
         )  # fmt: skip
 
     def _part(self, ints: int) -> int:

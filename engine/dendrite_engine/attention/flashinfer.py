@@ -252,6 +252,11 @@ def _refuse_unsupported(setup: AttentionSetup) -> None:
             "FlashInfer splits K/V by the whole batch, so a row's bits depend on its neighbours; "
             "deterministic=True needs the tree backend"
         )
+    if setup.is_packed:
+        raise BackendUnavailable(
+            f"FlashInfer reads unquantised pages of the compute dtype, not kv_format "
+            f"{setup.kv_format!r}"
+        )
     if setup.is_twin:
         return
     if setup.device.type != "cuda":

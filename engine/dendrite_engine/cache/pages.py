@@ -13,9 +13,13 @@ import torch
 
 from dendrite_engine.cache.formats import PageFormat, PageShape
 from dendrite_engine.cache.formats.base import DenseStore
+from dendrite_engine.cache.formats.device_packed import DevicePackedStore
 from dendrite_engine.cache.formats.packed import PackedStore
 from dendrite_engine.errors import IntegrityError, InvalidArgument
 from dendrite_engine.kernels.base import Pages
+from dendrite_engine.kernels.device_packed import DevicePages
+
+PageSide = Pages | DevicePages  # K or V of one layer
 
 
 class KVPages:
@@ -69,9 +73,9 @@ class KVPages:
         """`layer` of every layer."""
         return [self.layer(index) for index in range(self.shape.num_layers)]
 
-    def views(self) -> Sequence[tuple[Pages, Pages]]:
-        """K and V of every layer, as the kernels of the CPU path take them."""
-        return self.store.layers if isinstance(self.store, PackedStore) else self.layers()
+    def views(self) -> Sequence[tuple[PageSide, PageSide]]:
+        """K and V of every layer, as the forward pass of the path takes them."""
+        return self.layers() if isinstance(self.store, DenseStore) else self.store.layers
 
     def begin(self, plan: Any, ops: Any) -> None:
         """What has to be done before a plan's rows are stored: places for first pages, copies."""
@@ -83,15 +87,25 @@ class KVPages:
         elif len(plan.copies):
             ops.copy_pages(self.k, self.v, plan.copies)
 
+    def copy_on_device(self, copies: torch.Tensor, count: torch.Tensor, ops: Any) -> None:
+        """Queue the first `count` i32 [1] copies i32 [n, 3] of a step of the device path."""
+        if isinstance(self.store, DenseStore):
+            ops.copy_pages(self.k, self.v, copies, count)
+        else:
+            ops.copy_packed(self.store.data, copies, count)
+
     def poison(self, page_ids: list[int]) -> None:
         """Fill pages, so that reading a slot nobody wrote cannot go unnoticed: K with NaN; V too on
-        the CPU, with the largest number on a device, whose kernels multiply every value of a page
-        that they read, by 0 where a row does not see it. In pages of codes every byte becomes 255,
+        the CPU, with large numbers on a device, whose kernels multiply every value of a page that
+        they read, by 0 where a row does not see it. In pages of codes the bytes of NaN are 255,
         which makes each scale, or where there are none each number, NaN.
         """
         if page_ids:
             with self._in_order():
                 index = torch.tensor(sorted(set(page_ids)), dtype=torch.int64)
+                if isinstance(self.store, DevicePackedStore):
+                    self.store.poison(index)
+                    return
                 if isinstance(self.store, PackedStore):
                     self.store.data.index_fill_(0, index, 255)
                     if (first := self.store.first) is not None:
@@ -116,6 +130,8 @@ class KVPages:
             first = self.store.first
             rows = [] if first is None else list(first.data[first.rows(torch.tensor([page_id]))])
             return [self.store.data[page_id], *rows]
+        if isinstance(self.store, DevicePackedStore):
+            return [self.store.data[page_id]]
         pools = (self.k, self.v)
         return [pool[:, page_id].contiguous().flatten().view(torch.uint8) for pool in pools]
 

@@ -10,8 +10,10 @@ import torch
 
 from dendrite_engine.attention import DEVICE_ATTENTION_BACKENDS
 from dendrite_engine.attention.device_base import AttentionSetup, DeviceAttention
-from dendrite_engine.cache.formats import DEVICE_PAGE_FORMATS, PageFormat, PageShape, pool_shape
-from dendrite_engine.cache.formats.choice import is_cpu_format
+from dendrite_engine.cache.formats import PageFormat, PageShape, pool_shape
+from dendrite_engine.cache.formats.choice import choose_device_format
+from dendrite_engine.cache.formats.packed import PackedFormat
+from dendrite_engine.cache.key_mean import load_key_mean
 from dendrite_engine.cache.pages import KVPages
 from dendrite_engine.config import EngineConfig
 from dendrite_engine.device.choice import (
@@ -87,7 +89,7 @@ def build_device(request: DeviceRequest) -> DeviceParts:
 def _build(request: DeviceRequest, stream: torch.cuda.Stream | None) -> DeviceParts:
     config, choice, max_rows = request.config, request.choice, request.max_rows
     dtype = compute_dtype(config, choice)
-    page_format = _page_format(config, choice, dtype)
+    page_format = _page_format(request, dtype)
     DEVICE_ATTENTION_BACKENDS.get(_attention_name(config))  # an unknown name, before the weights
     model = _load(request, dtype)
     model.set_max_positions(request.max_context)
@@ -96,7 +98,7 @@ def _build(request: DeviceRequest, stream: torch.cuda.Stream | None) -> DevicePa
     logits = torch.zeros(
         logits_capacity(buckets), request.model_config.vocab_size, device=choice.device
     )
-    attention = _attention(request, dtype, buckets.largest)
+    attention = _attention(request, dtype, buckets.largest, page_format)
     shape = _page_shape(request, page_format)
     pages = _allocate(page_format, shape, stream)
     metadata = Metadata(max_rows, attention.work_capacity(shape.num_pages), choice.device)
@@ -109,22 +111,28 @@ def _build(request: DeviceRequest, stream: torch.cuda.Stream | None) -> DevicePa
     return DeviceParts(runner, pages, choice.ops, report)
 
 
-def _page_format(config: EngineConfig, choice: DeviceChoice, dtype: torch.dtype) -> PageFormat:
-    name = page_format_name(config, dtype)
-    on_cpu_only = name not in DEVICE_PAGE_FORMATS and is_cpu_format(name)
-    if on_cpu_only or config.kv_layers or config.kv_center or config.kv_first_page:
+def _page_format(request: DeviceRequest, dtype: torch.dtype) -> PageFormat:
+    config, unit = request.config, _page_unit(request)
+    if config.kv_first_page is not None:
         raise InvalidArgument(
-            f"kv_format {name!r} with kv_layers={dict(config.kv_layers)}, kv_center="
-            f"{config.kv_center} and kv_first_page={config.kv_first_page!r} has no GPU kernels: "
-            "there, pages are fp32, bf16 or fp16, all alike; take kv_format='auto', or device='cpu'"
+            f"kv_first_page={config.kv_first_page!r} is for the CPU: GPU kernels read the same "
+            "format in all pages of a layer. Leave it out; kv_layers, such as {0: 'bf16', -1: "
+            "'bf16'}, gives single layers a finer format"
         )
-    page_format = DEVICE_PAGE_FORMATS.get(name)(choice.device)
-    if name != FORMAT_OF[dtype]:
-        raise InvalidArgument(
-            f"kv_format {name!r} does not go with a compute dtype of {dtype}: its K and V are "
-            f"{FORMAT_OF[dtype]!r}"
-        )
-    return page_format
+    return choose_device_format(
+        page_format_name(config, dtype),
+        unit,
+        request.choice.device,
+        FORMAT_OF[dtype],
+        dict(config.kv_layers),
+        load_key_mean(request.path, unit) if config.kv_center else None,
+    )
+
+
+def _page_unit(request: DeviceRequest) -> PageShape:
+    """Sizes of a pool of one page."""
+    model, page_size = request.model_config, request.config.page_size
+    return PageShape(model.num_layers, 1, model.num_kv_heads, model.head_dim, page_size)
 
 
 def _load(request: DeviceRequest, dtype: torch.dtype) -> DeviceTransformer:
@@ -140,7 +148,9 @@ def _load(request: DeviceRequest, dtype: torch.dtype) -> DeviceTransformer:
     return model
 
 
-def _attention(request: DeviceRequest, dtype: torch.dtype, graph_rows: int) -> DeviceAttention:
+def _attention(
+    request: DeviceRequest, dtype: torch.dtype, graph_rows: int, page_format: PageFormat
+) -> DeviceAttention:
     """The backend that was asked for, or the next best with the reason."""
     config, model = request.config, request.model_config
     setup = AttentionSetup(
@@ -156,6 +166,8 @@ def _attention(request: DeviceRequest, dtype: torch.dtype, graph_rows: int) -> D
         graph_rows=graph_rows,
         deterministic=config.deterministic,
         is_twin=request.choice.is_twin,
+        kv_format=page_format.name,
+        is_packed=isinstance(page_format, PackedFormat),
     )
     failed: list[str] = []
     for name in dict.fromkeys((_attention_name(config), "tree", "reference")):
@@ -179,8 +191,7 @@ def _attention_name(config: EngineConfig) -> str:
 
 
 def _page_shape(request: DeviceRequest, page_format: PageFormat) -> PageShape:
-    config, model = request.config, request.model_config
-    unit = PageShape(model.num_layers, 1, model.num_kv_heads, model.head_dim, config.page_size)
+    config, unit = request.config, _page_unit(request)
     budget = 0 if config.num_pages is not None else config.kv_bytes(_free_bytes(request))
     return pool_shape(page_format, unit, config.num_pages, budget)
 

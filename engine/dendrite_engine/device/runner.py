@@ -74,7 +74,7 @@ class DeviceRunner:
         self.logits_epoch: LogitsEpoch | None = None
         self.failure: DeviceError | None = None
         self._note_graphs = note_graphs
-        self._kv = state.pages.layers()
+        self._kv = state.pages.views()
         self._chain = chain_of(len(self._kv))
         self._stream = state.pages.stream
         self._timer = StepTimer(self._stream is not None)
@@ -219,7 +219,7 @@ class DeviceRunner:
     ) -> None:
         state = self.state
         if with_copies:
-            state.ops.copy_pages(state.pages.k, state.pages.v, batch.copies, batch.copy_count)
+            state.pages.copy_on_device(batch.copies, batch.copy_count, state.ops)
         state.model.forward(
             batch, self._kv, state.attention, state.ops, state.activations, logits, part
         )

@@ -66,6 +66,27 @@ OPS: dict[str, Op] = {
         "device_reference_attention:tree_attention_workers",
         "(Tensor like, int head_dim, int kv_heads, int q_tile) -> int",
     ),
+    "rope_store_packed": Op(
+        "device_reference_packed:rope_store_packed",
+        "(Tensor qkv, Tensor positions, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) data,"
+        " Tensor(b!) q_out, Tensor? q_norm, Tensor? k_norm, Tensor? k_signs, Tensor? v_signs,"
+        " Tensor? k_mean, float eps, int layer_at, int page_size, int kv_heads, int k_codec,"
+        " int v_codec) -> ()",
+    ),
+    "copy_packed": Op(
+        "device_reference_packed:copy_packed",
+        "(Tensor(a!) data, Tensor copies, Tensor count) -> ()",
+    ),
+    "tree_attention_packed": Op(
+        "device_reference_packed:tree_attention_packed",
+        "(Tensor q, Tensor data, Tensor positions, Tensor work, Tensor(a!) partials,"
+        " Tensor(b!) out, Tensor? v_signs, float scale, int window, int q_tile, int workers,"
+        " int layer_at, int page_size, int kv_heads, int k_codec, int v_codec) -> ()",
+    ),
+    "tree_attention_packed_workers": Op(
+        "device_reference_attention:tree_attention_workers",
+        "(Tensor like, int head_dim, int kv_heads, int q_tile) -> int",
+    ),
     "skinny_linear": Op(
         "device_reference_linear:skinny_linear",
         "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
@@ -220,6 +241,10 @@ class DeviceKernels:
         self._copy_pages = operations["copy_pages"]
         self._tree_attention = operations["tree_attention"]
         self._tree_attention_workers = operations["tree_attention_workers"]
+        self._rope_store_packed = operations["rope_store_packed"]
+        self._copy_packed = operations["copy_packed"]
+        self._tree_attention_packed = operations["tree_attention_packed"]
+        self._tree_attention_packed_workers = operations["tree_attention_packed_workers"]
         self._skinny_linear = operations["skinny_linear"]
         self._skinny_linear_silu_mul = operations["skinny_linear_silu_mul"]
         self._stream_linear = operations["stream_linear"]
@@ -278,6 +303,41 @@ class DeviceKernels:
     ) -> int:
         """See `device_reference_attention.tree_attention_workers`."""
         return int(self._tree_attention_workers(like, head_dim, kv_heads, q_tile))
+
+    def rope_store_packed(
+        self, qkv: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        slots: torch.Tensor, data: torch.Tensor, q_out: torch.Tensor,
+        q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, k_signs: torch.Tensor | None,
+        v_signs: torch.Tensor | None, k_mean: torch.Tensor | None, eps: float, layer_at: int,
+        page_size: int, kv_heads: int, k_codec: int, v_codec: int,
+    ) -> None:  # fmt: skip
+        """See `device_reference_packed.rope_store_packed`."""
+        self._rope_store_packed(
+            qkv, positions, cos, sin, slots, data, q_out, q_norm, k_norm, k_signs, v_signs, k_mean,
+            eps, layer_at, page_size, kv_heads, k_codec, v_codec,
+        )  # fmt: skip
+
+    def copy_packed(self, data: torch.Tensor, copies: torch.Tensor, count: torch.Tensor) -> None:
+        """See `device_reference_packed.copy_packed`."""
+        self._copy_packed(data, copies, count)
+
+    def tree_attention_packed(
+        self, q: torch.Tensor, data: torch.Tensor, positions: torch.Tensor, work: torch.Tensor,
+        partials: torch.Tensor, out: torch.Tensor, v_signs: torch.Tensor | None, scale: float,
+        window: int, q_tile: int, workers: int, layer_at: int, page_size: int, kv_heads: int,
+        k_codec: int, v_codec: int,
+    ) -> None:  # fmt: skip
+        """See `device_reference_packed.tree_attention_packed`."""
+        self._tree_attention_packed(
+            q, data, positions, work, partials, out, v_signs, scale, window, q_tile, workers,
+            layer_at, page_size, kv_heads, k_codec, v_codec,
+        )  # fmt: skip
+
+    def tree_attention_packed_workers(
+        self, like: torch.Tensor, head_dim: int, kv_heads: int, q_tile: int
+    ) -> int:
+        """See `device_reference_attention.tree_attention_workers`."""
+        return int(self._tree_attention_packed_workers(like, head_dim, kv_heads, q_tile))
 
     def skinny_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor

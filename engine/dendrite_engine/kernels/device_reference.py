@@ -63,8 +63,32 @@ def rope_store_kv(
     branch itself then sees NaN, and siblings, which weigh the value by 0, don't. A position outside
     the tables gives NaN.
     """
-    rows, heads, dim = q_out.shape
     pages, kv_heads, page_size = k_pages.shape[:3]
+    query, key, value = rotated_states(
+        qkv, positions, cos, sin, q_out.shape, kv_heads, q_norm, k_norm, eps
+    )
+    q_out.copy_(query)
+    key = key.to(k_pages.dtype)
+    bad = ~torch.isfinite(value).all(-1, keepdim=True)
+    value = torch.where(bad, 0.0, value)
+    key[..., :1] = torch.where(bad, _NAN, key[..., :1])
+    stored = (slots >= 0) & (slots < pages * page_size)
+    slot = slots[stored].long()
+    page, offset = slot // page_size, slot % page_size
+    k_pages[page, :, offset, :] = key[stored]
+    v_pages[page, :, offset, :] = value[stored]
+
+
+def rotated_states(
+    qkv: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    shape: torch.Size, kv_heads: int,
+    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Queries and keys after norm and RoPE, fp32 [T, heads, dim], and the values as they are.
+
+    `shape` is that of the queries. A position outside the tables gives NaN.
+    """
+    rows, heads, dim = shape
     states = qkv.reshape(rows, heads + 2 * kv_heads, dim)
     query, key, value = torch.split(states, [heads, kv_heads, kv_heads], dim=1)
     query, key = query.float(), key.float()
@@ -75,17 +99,7 @@ def rope_store_kv(
     known = (positions >= 0) & (positions < len(cos))
     at = torch.where(known, positions, 0).long()
     angles = [torch.where(known[:, None], table[at], _NAN)[:, None, :] for table in (cos, sin)]
-    q_out.copy_(_rotate(query, *angles))
-
-    key = _rotate(key, *angles).to(k_pages.dtype)
-    bad = ~torch.isfinite(value).all(-1, keepdim=True)
-    value = torch.where(bad, 0.0, value)
-    key[..., :1] = torch.where(bad, _NAN, key[..., :1])
-    stored = (slots >= 0) & (slots < pages * page_size)
-    slot = slots[stored].long()
-    page, offset = slot // page_size, slot % page_size
-    k_pages[page, :, offset, :] = key[stored]
-    v_pages[page, :, offset, :] = value[stored]
+    return _rotate(query, *angles), _rotate(key, *angles), value
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

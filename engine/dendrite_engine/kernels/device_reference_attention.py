@@ -5,7 +5,9 @@ Layout of the list: cuda_ext/include/dendrite/attention_work.h.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -60,6 +62,25 @@ class WorkList:
         return chains
 
 
+SlotReader = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PageReader:
+    """How the pages of a layer are read.
+
+    Attributes:
+        kv_heads: of the model.
+        keys, values: fp32 [n, kv_heads, head_dim] of pool slots [n].
+        finish: what becomes of fp32 sums [rows, heads, head_dim] before they are rounded.
+    """
+
+    kv_heads: int
+    keys: SlotReader
+    values: SlotReader
+    finish: SlotReader | None = None
+
+
 def tree_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, positions: torch.Tensor,
     work: torch.Tensor, partials: torch.Tensor, out: torch.Tensor,
@@ -67,10 +88,18 @@ def tree_attention(
 ) -> None:  # fmt: skip
     """Attend every row of the work list's blocks to the entries it reads; in fp32, per block."""
     del partials, workers
+    reader = PageReader(k_pages.shape[1], partial(_gather, k_pages), partial(_gather, v_pages))
+    attend_blocks(q, reader, positions, work, out, scale, window, q_tile)
+
+
+def attend_blocks(
+    q: torch.Tensor, reader: PageReader, positions: torch.Tensor, work: torch.Tensor,
+    out: torch.Tensor, scale: float, window: int, q_tile: int,
+) -> None:  # fmt: skip
+    """`tree_attention` over any kind of pages; rows without work are left alone."""
     if q.shape[0] == 0:
         return
-    group = q.shape[1] // k_pages.shape[1]
-    rows_per_block = max(1, q_tile // group)
+    rows_per_block = max(1, q_tile // (q.shape[1] // reader.kv_heads))
     listed = WorkList.read(work.cpu(), q.shape[0], rows_per_block)
     # The pieces of a block in list order: a row's entries come in increasing position.
     pieces = sorted((s for s in listed.segments.tolist() if s[1] > 0), key=lambda s: s[0])
@@ -83,9 +112,8 @@ def tree_attention(
     for block, parts in blocks.items():
         first, count = listed.blocks[block, :2].tolist()
         rows = slice(first, first + count)
-        out[rows] = _block(
-            q[rows], k_pages, v_pages, positions[rows], torch.cat(parts), scale, window
-        ).to(out.dtype)
+        summed = _block(q[rows], reader, positions[rows], torch.cat(parts), scale, window)
+        out[rows] = (summed if reader.finish is None else reader.finish(summed)).to(out.dtype)
 
 
 def tree_attention_workers(like: torch.Tensor, head_dim: int, kv_heads: int, q_tile: int) -> int:
@@ -95,12 +123,12 @@ def tree_attention_workers(like: torch.Tensor, head_dim: int, kv_heads: int, q_t
 
 
 def _block(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, positions: torch.Tensor,
-    entries: torch.Tensor, scale: float, window: int,
+    q: torch.Tensor, reader: PageReader, positions: torch.Tensor, entries: torch.Tensor,
+    scale: float, window: int,
 ) -> torch.Tensor:  # fmt: skip
     """q [rows, heads, head_dim] of one block -> the same shape in fp32."""
     rows, heads, dim = q.shape
-    _pages, kv_heads, _page_size, _ = k_pages.shape
+    kv_heads = reader.kv_heads
     slot, pos, length, readers = (entries[:, i].long() for i in (0, 1, 3, 2))
     offset = torch.arange(UNIT)
     index = slot[:, None] + torch.minimum(offset[None], (length - 1).clamp(min=0)[:, None])
@@ -112,22 +140,27 @@ def _block(
     visible = reads.repeat_interleave(UNIT, 1) & valid[None] & (at[None] <= there)
     if window > 0:
         visible &= at[None] > there - window
-    keys, values = _gather(k_pages, index), _gather(v_pages, index)
-    values = torch.where(valid.to(values.device)[:, None, None], values, 0.0)
+    keys, values = reader.keys(index.flatten()), reader.values(index.flatten())
     grouped = q.float().reshape(rows, kv_heads, heads // kv_heads, dim)
-    scores = torch.einsum("rhgd,shd->rhgs", grouped, keys) * scale
-    scores = scores.masked_fill(~visible.to(q.device)[:, None, None], float("-inf"))
-    weights = (
-        torch.softmax(scores, -1).nan_to_num_(0.0)
-        if not visible.any(1).all()
-        else (torch.softmax(scores, -1))
-    )
-    return torch.einsum("rhgs,shd->rhgd", weights, values).reshape(rows, heads, dim)
+    seen = visible.to(q.device)
+    summed = [_row(grouped[i], keys[seen[i]], values[seen[i]], scale) for i in range(rows)]
+    return torch.stack(summed).reshape(rows, heads, dim)
 
 
-def _gather(pages: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """fp32 [slots, kv_heads, head_dim] of pool slots [E, UNIT]."""
+def _row(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:  # fmt: skip
+    """q [kv_heads, group, dim] over all of keys and values [n, kv_heads, dim]; 0 where n is 0.
+
+    Shapes are those of the row's own context, so its bits do not depend on the rows beside it.
+    """
+    weights = torch.softmax(torch.einsum("hgd,shd->hgs", q, keys) * scale, -1)
+    return torch.einsum("hgs,shd->hgd", weights, values)
+
+
+def _gather(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """fp32 [n, kv_heads, head_dim] of pool slots [n]."""
     page_size = pages.shape[2]
-    flat = index.flatten().to(pages.device)
-    taken: torch.Tensor = pages[flat // page_size, :, flat % page_size]
+    slots = slots.to(pages.device)
+    taken: torch.Tensor = pages[slots // page_size, :, slots % page_size]
     return taken.float()

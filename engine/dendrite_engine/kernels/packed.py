@@ -15,6 +15,7 @@ byte, the first in its low half; four of 2 bits the same; 3 bits are a plane of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -61,9 +62,82 @@ class VectorCodec(Protocol):
         """What codes and scales stand for, fp32 [..., D], in the basis they are stored in."""
 
 
+class CodedPages(ABC):
+    """K or V of one layer as codes and scales, in whatever layout they lie.
+
+    Attributes:
+        data: u8 [pages, page_bytes], the whole pool.
+        codec: how a vector is stored.
+        page_size, kv_heads, head_dim: sizes.
+        signs: fp32 [kv_heads, head_dim] of the rotation, or None.
+        mean: fp32 [kv_heads, head_dim], subtracted before K is stored, or None.
+    """
+
+    data: torch.Tensor
+    codec: VectorCodec
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    signs: torch.Tensor | None
+    mean: torch.Tensor | None
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool."""
+        return self.data.shape[0]
+
+    @abstractmethod
+    def read(self, page_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes i32 [n, kv_heads, P, D] and scales u8 [n, kv_heads, P, items, width]."""
+
+    @abstractmethod
+    def write(self, page_ids: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Store what `read` returns."""
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of vectors [..., kv_heads, D]; each depends on that vector alone."""
+        return self.codec.quantise(self._centred(x), self.signs)
+
+    def stored(self, page_ids: torch.Tensor) -> torch.Tensor:
+        """What pages hold in the basis of their codes, fp32 [n, kv_heads, P, D]: K without mean."""
+        return self.codec.levels(*self.read(page_ids))
+
+    def restored(self, page_ids: torch.Tensor) -> torch.Tensor:
+        """`stored` in the basis of the model, fp32 [n, kv_heads, P, D]; for the plain oracle."""
+        return self._restored(self.stored(page_ids).transpose(1, 2)).transpose(1, 2)
+
+    def _restored(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors [..., kv_heads, D] back in the basis of the model, with the mean."""
+        if self.signs is not None:
+            vectors = transform(vectors) * norm(self.head_dim) * self.signs
+        return vectors if self.mean is None else vectors + self.mean
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.mean is None else x - self.mean
+
+    def _check(self, end: int) -> None:
+        """Raise InvalidArgument for a pool whose pages have no byte end - 1, or wrong tables."""
+        data = self.data
+        if data.dtype != torch.uint8 or data.ndim != 2 or not data.is_contiguous():
+            raise InvalidArgument(
+                f"packed pages must be contiguous uint8 [pages, bytes], got {data.dtype} "
+                f"{list(data.shape)}"
+            )
+        if data.shape[1] < end:
+            raise InvalidArgument(
+                f"pages of {data.shape[1]} bytes do not hold {self.codec.name!r}, which reads up "
+                f"to byte {end}: was the pool made for another format?"
+            )
+        for name, tensor in (("signs", self.signs), ("mean", self.mean)):
+            if tensor is not None and tuple(tensor.shape) != (self.kv_heads, self.head_dim):
+                raise InvalidArgument(
+                    f"{name} must be [{self.kv_heads}, {self.head_dim}], got {list(tensor.shape)}"
+                )
+
+
 @dataclass(frozen=True, eq=False)
-class PackedPages:
-    """K or V of one layer in a packed pool.
+class PackedPages(CodedPages):
+    """K or V of one layer in a packed pool of the CPU path.
 
     Attributes:
         data: u8 [pages, page_bytes], the whole pool.
@@ -96,24 +170,8 @@ class PackedPages:
     address: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        data = self.data
         end = max(self.codes_at + self.code_bytes, self.scales_at + self.scale_bytes)
-        end += self.head_stride * (self.kv_heads - 1)
-        if data.dtype != torch.uint8 or data.ndim != 2 or not data.is_contiguous():
-            raise InvalidArgument(
-                f"packed pages must be contiguous uint8 [pages, bytes], got {data.dtype} "
-                f"{list(data.shape)}"
-            )
-        if data.shape[1] < end:
-            raise InvalidArgument(
-                f"pages of {data.shape[1]} bytes do not hold {self.codec.name!r}, which reads up "
-                f"to byte {end}: was the pool made for another format?"
-            )
-        for name, tensor in (("signs", self.signs), ("mean", self.mean)):
-            if tensor is not None and tuple(tensor.shape) != (self.kv_heads, self.head_dim):
-                raise InvalidArgument(
-                    f"{name} must be [{self.kv_heads}, {self.head_dim}], got {list(tensor.shape)}"
-                )
+        self._check(end + self.head_stride * (self.kv_heads - 1))
         object.__setattr__(self, "address", self._address())
 
     def _address(self) -> tuple[int, ...]:
@@ -128,11 +186,6 @@ class PackedPages:
         )  # fmt: skip
 
     @property
-    def num_pages(self) -> int:
-        """Pages in the pool."""
-        return self.data.shape[0]
-
-    @property
     def code_bytes(self) -> int:
         """Bytes of one kv head's codes in a page."""
         return self.page_size * self.head_dim * self.codec.bits // 8
@@ -143,7 +196,7 @@ class PackedPages:
         return self.page_size * self.codec.scale_items(self.head_dim) * self.codec.scale_width
 
     def read(self, page_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes i32 [n, kv_heads, P, D] and scales u8 [n, kv_heads, P, items, width]."""
+        """See CodedPages."""
         size, dim = self.page_size, self.head_dim
         groups = self._part(page_ids, self.codes_at, self.code_bytes)
         width = 2 * self.codec.bits  # bytes of a group
@@ -158,7 +211,7 @@ class PackedPages:
         return codes.reshape(*lead, size, dim), strip
 
     def write(self, page_ids: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
-        """Store what `read` returns."""
+        """See CodedPages."""
         lead, size, dim = codes.shape[:2], self.page_size, self.head_dim
         if self.is_key:
             codes = codes.reshape(*lead, size // GROUP, GROUP, dim).transpose(3, 4)
@@ -166,32 +219,18 @@ class PackedPages:
         self._set_part(page_ids, self.codes_at, groups.reshape(*lead, -1))
         self._set_part(page_ids, self.scales_at, scales.transpose(2, 3).reshape(*lead, -1))
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales of vectors [..., kv_heads, D]; each depends on that vector alone."""
-        return self.codec.quantise(self._centred(x), self.signs)
-
     def encode_first(self, x: torch.Tensor) -> torch.Tensor:
         """What a first page stores of vectors [..., kv_heads, D]: in the basis of the codes."""
         x = self._centred(x)
         return x if self.signs is None else transform(x * self.signs) * norm(self.head_dim)
 
-    def _centred(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.mean is None else x - self.mean
-
     def stored(self, page_ids: torch.Tensor) -> torch.Tensor:
-        """What pages hold in the basis of their codes, fp32 [n, kv_heads, P, D]: K without mean."""
-        vectors = self.codec.levels(*self.read(page_ids))
+        """See CodedPages; what first pages hold is there too."""
+        vectors = super().stored(page_ids)
         if self.first is not None and self.first_index is not None:
             places = self.first_index[page_ids].long()
             vectors[places >= 0] = self.first.stored(places[places >= 0])
         return vectors
-
-    def restored(self, page_ids: torch.Tensor) -> torch.Tensor:
-        """`stored` in the basis of the model, fp32 [n, kv_heads, P, D]; for the plain oracle."""
-        vectors = self.stored(page_ids)
-        if self.signs is not None:
-            vectors = transform(vectors) * norm(self.head_dim) * self.signs[:, None]
-        return vectors if self.mean is None else vectors + self.mean[:, None]
 
     def _part(self, page_ids: torch.Tensor, begin: int, length: int) -> torch.Tensor:
         pages = self.data[page_ids]
@@ -205,27 +244,30 @@ class PackedPages:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Groups of 16 codes i32 [..., 16] as bytes u8 [..., 2 * bits]."""
+    """Groups of codes i32 [..., n] as bytes u8 [..., n * bits / 8]; n is a multiple of 8."""
     if bits == 32:
         return codes.to(torch.int32).contiguous().view(torch.uint8)
     if bits >= 8:
-        shifts = torch.arange(0, bits, 8)
+        shifts = torch.arange(0, bits, 8, device=codes.device)
         return ((codes[..., None] >> shifts) & 255).to(torch.uint8).flatten(-2)
     if bits == 3:
         return torch.cat((pack(codes & 3, 2), pack(codes >> 2, 1)), dim=-1)
     per_byte = 8 // bits
-    parts = codes.reshape(*codes.shape[:-1], GROUP // per_byte, per_byte)
-    return (parts << torch.arange(0, 8, bits)).sum(-1).to(torch.uint8)
+    parts = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per_byte, per_byte)
+    return (parts << torch.arange(0, 8, bits, device=codes.device)).sum(-1).to(torch.uint8)
 
 
 def unpack(groups: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `pack`: i32 [..., 16]."""
+    """The inverse of `pack`: i32 [..., n]."""
     if bits == 32:
         return groups.contiguous().view(torch.int32)
+    length = groups.shape[-1]
     if bits >= 8:
-        parts = groups.reshape(*groups.shape[:-1], GROUP, bits // 8).to(torch.int32)
-        return (parts << torch.arange(0, bits, 8)).sum(-1).to(torch.int32)
+        parts = groups.reshape(*groups.shape[:-1], length * 8 // bits, bits // 8).to(torch.int32)
+        return (parts << torch.arange(0, bits, 8, device=groups.device)).sum(-1).to(torch.int32)
     if bits == 3:
-        return unpack(groups[..., :4], 2) | unpack(groups[..., 4:], 1) << 2
-    values = groups[..., None].to(torch.int32) >> torch.arange(0, 8, bits)
+        plane = length * 2 // 3
+        return unpack(groups[..., :plane], 2) | unpack(groups[..., plane:], 1) << 2
+    shifts = torch.arange(0, 8, bits, device=groups.device)
+    values = groups[..., None].to(torch.int32) >> shifts
     return (values & ((1 << bits) - 1)).flatten(-2).to(torch.int32)

@@ -11,10 +11,10 @@ import torch
 from dendrite_engine.errors import InvalidArgument
 from dendrite_engine.kernels.base import IntArray, PlanArrays
 from dendrite_engine.kernels.hadamard import norm, transform
-from dendrite_engine.kernels.packed import PackedPages
+from dendrite_engine.kernels.packed import CodedPages, PackedPages
 
 
-def rotated_query(q: torch.Tensor, keys: PackedPages) -> torch.Tensor:
+def rotated_query(q: torch.Tensor, keys: CodedPages) -> torch.Tensor:
     """q [T, heads, D] in the basis of the K codes; q itself where they are not rotated."""
     if keys.signs is None:
         return q
@@ -22,7 +22,7 @@ def rotated_query(q: torch.Tensor, keys: PackedPages) -> torch.Tensor:
     return transform(q * keys.signs.repeat_interleave(group, 0)) * norm(keys.head_dim)
 
 
-def restored_output(out: torch.Tensor, values: PackedPages) -> torch.Tensor:
+def restored_output(out: torch.Tensor, values: CodedPages) -> torch.Tensor:
     """Sums of V codes [T, heads, D] back in the basis of the model."""
     if values.signs is None:
         return out

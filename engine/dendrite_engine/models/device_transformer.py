@@ -4,12 +4,14 @@ forward pass is a list of kernel launches that a CUDA graph can hold.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dendrite_engine.attention.device_base import DeviceAttention, DeviceBatch
+from dendrite_engine.kernels.device_packed import DevicePages
 from dendrite_engine.models.config import ModelConfig
 from dendrite_engine.models.device_linear import (
     DEVICE_DETERMINISTIC_TILE,
@@ -19,7 +21,7 @@ from dendrite_engine.models.layers import load_layers, output_matrix
 from dendrite_engine.models.rope import rope_tables
 from dendrite_engine.models.weights import WeightSource
 
-KVLayers = list[tuple[torch.Tensor, torch.Tensor]]
+KVLayers = Sequence[tuple[Any, Any]]  # tensors, or DevicePages
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class DeviceTransformer:
 
         Args:
             batch: the step.
-            kv: K and V pages [pages, kv_heads, page_size, head_dim] of every layer.
+            kv: K and V pages of every layer: [pages, kv_heads, page_size, head_dim], or packed.
             attention: the backend, prepared for this batch.
             ops: the device kernels.
             activations: buffers of at least batch.rows rows.
@@ -149,7 +151,7 @@ class DeviceTransformer:
         self,
         index: int,
         batch: DeviceBatch,
-        pages: tuple[torch.Tensor, torch.Tensor],
+        pages: tuple[Any, Any],
         attention: DeviceAttention,
         ops: Any,
         a: Rows,
@@ -165,10 +167,9 @@ class DeviceTransformer:
         update = a.update if index else None
         ops.add_rms_norm(update, a.residual, layer.input_norm, eps, a.normed, None)
         layer.qkv(g.normed, g.qkv)
-        ops.rope_store_kv(
-            a.qkv, batch.positions, self._cos, self._sin, batch.slots, k_pages, v_pages, a.q,
-            layer.q_norm, layer.k_norm, eps,
-        )  # fmt: skip
+        store = _store_packed if isinstance(k_pages, DevicePages) else _store_dense
+        rope = batch.positions, self._cos, self._sin, batch.slots
+        store(ops, a.qkv, rope, pages, a.q, (layer.q_norm, layer.k_norm, eps))
         attention.attend(
             a.q, k_pages, v_pages, batch, a.attended, scale=config.scale, window=layer.window
         )
@@ -194,3 +195,24 @@ class DeviceTransformer:
         eps = self.config.rms_eps
         ops.add_rms_norm(a.update, a.residual, self.final_norm, eps, normed[: rows.shape[0]], rows)
         self.lm_head(normed, logits)
+
+
+_Rope = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # positions, cos, sin, slots
+_Norms = tuple[torch.Tensor | None, torch.Tensor | None, float]  # of q and k, epsilon
+
+
+def _store_dense(
+    ops: Any, qkv: torch.Tensor, rope: _Rope, pages: tuple[Any, Any], q: torch.Tensor, norms: _Norms
+) -> None:
+    ops.rope_store_kv(qkv, *rope, *pages, q, *norms)
+
+
+def _store_packed(
+    ops: Any, qkv: torch.Tensor, rope: _Rope, pages: tuple[Any, Any], q: torch.Tensor, norms: _Norms
+) -> None:
+    keys, values = pages
+    q_norm, k_norm, eps = norms
+    ops.rope_store_packed(
+        qkv, *rope, keys.data, q, q_norm, k_norm, keys.signs, values.signs, keys.mean, eps,
+        keys.layer_at, keys.page_size, keys.kv_heads, keys.codec.native_id, values.codec.native_id,
+    )  # fmt: skip

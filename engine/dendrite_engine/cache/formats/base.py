@@ -11,6 +11,7 @@ import torch
 from dendrite_engine.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from dendrite_engine.cache.formats.device_packed import DevicePackedStore
     from dendrite_engine.cache.formats.packed import PackedStore
 
 
@@ -61,7 +62,7 @@ class PageFormat(ABC):
         return 2 * numbers / self.bytes_per_token(shape)
 
     @abstractmethod
-    def allocate(self, shape: PageShape) -> DenseStore | PackedStore:
+    def allocate(self, shape: PageShape) -> DenseStore | PackedStore | DevicePackedStore:
         """Memory for a pool, uninitialised on the CPU."""
 
 

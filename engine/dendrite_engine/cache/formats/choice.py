@@ -1,4 +1,4 @@
-"""From the name in `kv_format` to a page format of the CPU path."""
+"""From the name in `kv_format` to a page format of the CPU path or of the device path."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ from collections.abc import Mapping
 
 import torch
 
-from dendrite_engine.cache.formats import PAIRS, VECTOR_FORMATS, PageFormat, PageShape
+from dendrite_engine.cache.formats import (
+    DEVICE_PAGE_FORMATS,
+    PAIRS,
+    VECTOR_FORMATS,
+    PageFormat,
+    PageShape,
+)
 from dendrite_engine.cache.formats.dense import DenseFp32
+from dendrite_engine.cache.formats.device_packed import DevicePackedFormat
 from dendrite_engine.cache.formats.packed import LayerFormat, PackedFormat
 from dendrite_engine.errors import InvalidArgument, UnknownName
 
 
 def format_names() -> list[str]:
-    """Every name that `kv_format` takes on the CPU, besides pairs "K/V"."""
+    """Every name that `kv_format` takes, besides pairs "K/V"."""
     return sorted([*VECTOR_FORMATS.names(), *PAIRS])
-
-
-def is_cpu_format(name: str) -> bool:
-    """Whether `layer_format` knows the name."""
-    try:
-        layer_format(name)
-    except UnknownName:
-        return False
-    return True
 
 
 def layer_format(name: str) -> LayerFormat:
@@ -64,13 +62,7 @@ def choose_format(
         UnknownName: a name is unknown.
         InvalidArgument: a layer does not exist, or head_dim or page_size do not fit the format.
     """
-    layers = [layer_format(name)] * unit.num_layers
-    for index, other in (overrides or {}).items():
-        if not -unit.num_layers <= index < unit.num_layers:
-            raise InvalidArgument(
-                f"kv_layers names layer {index}, but the model has {unit.num_layers} layers"
-            )
-        layers[index] = layer_format(other)
+    layers = layer_table(name, unit, overrides)
     if all(layer.name == "fp32" for layer in layers):
         return DenseFp32()
     title = layers_title(name, layers)
@@ -78,6 +70,56 @@ def choose_format(
     packed = PackedFormat(title, layers, key_mean, begun)
     packed.check(unit)
     return packed
+
+
+def choose_device_format(
+    name: str,
+    unit: PageShape,
+    device: torch.device,
+    dense: str,
+    overrides: Mapping[int, str] | None = None,
+    key_mean: torch.Tensor | None = None,
+) -> PageFormat:
+    """The page format of the device path.
+
+    Args:
+        name: see `layer_format`.
+        unit: sizes of the model and the page.
+        device: of the pool.
+        dense: the format whose numbers are those of the compute dtype: pages of it alone are not
+            packed.
+        overrides: other names for single layers; -1 is the last layer.
+        key_mean: see PackedFormat.
+
+    Raises:
+        UnknownName: a name is unknown.
+        InvalidArgument: a layer does not exist, or head_dim or page_size do not fit the format.
+    """
+    layers = layer_table(name, unit, overrides)
+    if key_mean is None and all(layer.name == dense for layer in layers):
+        return DEVICE_PAGE_FORMATS.get(dense)(device)
+    packed = DevicePackedFormat(layers_title(name, layers), layers, device, key_mean)
+    packed.check(unit)
+    return packed
+
+
+def layer_table(
+    name: str, unit: PageShape, overrides: Mapping[int, str] | None
+) -> list[LayerFormat]:
+    """The format of every layer: `name`, but for the overrides.
+
+    Raises:
+        UnknownName: a name is unknown.
+        InvalidArgument: a layer does not exist.
+    """
+    layers = [layer_format(name)] * unit.num_layers
+    for index, other in (overrides or {}).items():
+        if not -unit.num_layers <= index < unit.num_layers:
+            raise InvalidArgument(
+                f"kv_layers names layer {index}, but the model has {unit.num_layers} layers"
+            )
+        layers[index] = layer_format(other)
+    return layers
 
 
 def layers_title(name: str, layers: list[LayerFormat]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from dendrite_engine.cache.formats.vector import VectorFormat
 from dendrite_engine.errors import InvalidArgument
 from dendrite_engine.kernels import hadamard
 from dendrite_engine.kernels.packed import GROUP, PackedPages
+
+if TYPE_CHECKING:
+    from dendrite_engine.cache.formats.device_packed import DevicePackedStore
 
 SEED = 0x2504_19874  # of every rotation; part of the format, so that stored pages stay readable
 
@@ -112,7 +116,7 @@ class PackedFormat(PageFormat):
         first = self.first_pages(shape.num_pages) * self.first_page_bytes(shape)
         return shape.num_pages * self.bytes_per_page(shape) + first
 
-    def allocate(self, shape: PageShape) -> PackedStore:
+    def allocate(self, shape: PageShape) -> PackedStore | DevicePackedStore:
         """One array of bytes; memory is committed as pages are first written."""
         self.check(shape)
         return PackedStore(self, shape)
@@ -147,7 +151,7 @@ class PackedStore:
         layer, shape, mean = self._format.layers[index], self._shape, self._format.key_mean
         side = layer.key if is_key else layer.value
         mean = mean[index].contiguous() if is_key and mean is not None else None
-        signs = _signs(side, index, 0 if is_key else 1, shape)
+        signs = rotation_signs(side, index, 0 if is_key else 1, shape)
         first = self._first_side(index, is_key)
         table = None if self.first is None else self.first.index
         return _view(self.data, layer, shape, begin, is_key, signs, mean, first, table)
@@ -184,7 +188,10 @@ def _view(
     )  # fmt: skip
 
 
-def _signs(side: VectorFormat, layer: int, index: int, shape: PageShape) -> torch.Tensor | None:
+def rotation_signs(
+    side: VectorFormat, layer: int, index: int, shape: PageShape
+) -> torch.Tensor | None:
+    """Signs of K (index 0) or V (1) of a layer, fp32 [kv_heads, head_dim]; None unless rotated."""
     if not side.is_rotated:
         return None
     return hadamard.random_signs(SEED, layer, index, shape.kv_heads, shape.head_dim)

@@ -56,17 +56,17 @@ class TurboQuant(VectorFormat):
         norm = tree_sum(x * x).sqrt()
         inverse = torch.where(norm == 0, 0.0, 1.0 / norm)
         y = transform(x if signs is None else x * signs) * inverse[..., None]
-        codes = torch.zeros(x.shape, dtype=torch.int32)
+        codes = torch.zeros(x.shape, dtype=torch.int32, device=x.device)
         for boundary in self.boundaries:
             codes += y >= boundary
-        level = self.centroids[codes.long()]
+        level = self.centroids.to(x.device)[codes.long()]
         ratio = tree_sum(y * level) / tree_sum(level * level)
         scale = norm * x.new_tensor(1.0 / math.sqrt(x.shape[-1])) * ratio
         return codes, half_bytes(scale.to(torch.float16))
 
     def levels(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Level times scale, of the rotated vector."""
-        return self.centroids[codes.long()] * half_scale(scales)
+        return self.centroids.to(codes.device)[codes.long()] * half_scale(scales)
 
 
 def _bound(bits: int) -> float:

@@ -1,0 +1,211 @@
+// From codes of packed pages to numbers: 8 at a time, as 16-bit operands of tensor cores (levels
+// rounded to their type) or as floats. Scales of a whole vector are left to the caller, which
+// multiplies scores and weights with them in fp32; those of blocks (mxfp8) are applied here.
+#pragma once
+
+#include <bit>
+
+#include "packed_layer.h"
+#include "vectors.cuh"
+
+namespace dendrite {
+
+// Bits of a normal number in T.
+template <class T>
+constexpr uint16_t bits_of_level(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if constexpr (std::is_same_v<T, bf16>)
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  else
+    return uint16_t((bits - (112u << 23) + 0xfffu + (bits >> 13 & 1u)) >> 13);
+}
+
+// Bytes 0 (low) or 1 of the levels first .. first + 3 of a codebook, in a word.
+template <class T, int kCount>
+constexpr uint32_t bytes_of_levels(const float (&levels)[kCount], int first, int byte) {
+  uint32_t word = 0;
+  for (int i = 0; i < 4 && first + i < kCount; ++i)
+    word |= uint32_t(bits_of_level<T>(levels[first + i]) >> (8 * byte) & 0xff) << (8 * i);
+  return word;
+}
+
+template <class T, int kBits>
+struct LevelBytes {
+  static constexpr uint32_t of(int first, int byte) {
+    if constexpr (kBits == 4) return bytes_of_levels<T>(kLevels4, first, byte);
+    if constexpr (kBits == 3) return bytes_of_levels<T>(kLevels3, first, byte);
+    if constexpr (kBits == 2) return bytes_of_levels<T>(kLevels2, first, byte);
+  }
+  static constexpr uint32_t kLow0 = of(0, 0), kLow1 = of(4, 0);
+  static constexpr uint32_t kHigh0 = of(0, 1), kHigh1 = of(4, 1);
+};
+
+// 8 codes of a rotated vector, a nibble each: the place of the magnitude, and whether it is negative.
+struct SignedPlaces {
+  uint32_t place, negative;
+};
+
+// 2-bit fields to nibbles, and single bits.
+DENDRITE_DEVICE uint32_t spread_pairs(uint32_t x) {
+  x = (x | x << 8) & 0x00ff00ffu;
+  x = (x | x << 4) & 0x0f0f0f0fu;
+  return (x | x << 2) & 0x33333333u;
+}
+DENDRITE_DEVICE uint32_t spread_bits(uint32_t x) {
+  x = (x | x << 12) & 0x000f000fu;
+  x = (x | x << 6) & 0x03030303u;
+  return (x | x << 3) & 0x11111111u;
+}
+
+template <int kBits>
+DENDRITE_DEVICE SignedPlaces signed_places(const char* row, int chunk, int dim) {
+  if constexpr (kBits == 4) {
+    const uint32_t codes = *reinterpret_cast<const uint32_t*>(row + 4 * chunk);
+    const uint32_t below = ~codes & 0x88888888u;  // a code below 8 stands for a negative level
+    return {(codes ^ (below - (below >> 3))) & 0x77777777u, below >> 3};
+  } else {
+    const uint32_t pairs = spread_pairs(*reinterpret_cast<const uint16_t*>(row + 2 * chunk));
+    if constexpr (kBits == 3) {
+      const uint32_t top = spread_bits(*reinterpret_cast<const uint8_t*>(row + dim / 4 + chunk));
+      const uint32_t negative = top ^ 0x11111111u;
+      return {pairs ^ 3 * negative, negative};
+    }
+    const uint32_t negative = ~(pairs >> 1) & 0x11111111u;
+    return {(pairs ^ negative) & 0x11111111u, negative};
+  }
+}
+
+// Two numbers of T from two bytes E4M3 or E5M2 in the upper halves of 16 bits each. 0x7F of E4M3
+// reads as 480: its vector's scale is NaN. E5M2 is the upper byte of fp16, NaN included.
+template <class T, bool kE5>
+DENDRITE_DEVICE uint32_t float8_pair(uint32_t x) {
+  constexpr bool kToBf16 = std::is_same_v<T, bf16>;
+  if constexpr (kE5) {
+    if constexpr (!kToBf16) return x;
+    const float2 two = unpack2<half_t>(x);
+    return pack2<T>(two.x, two.y);
+  } else if constexpr (kToBf16) {
+    return mul2<T>((x >> 4 & 0x07f007f0u) | (x & 0x80008000u), 0x7b807b80u);
+  } else {
+    return mul2<T>((x >> 1 & 0x3f803f80u) | (x & 0x80008000u), 0x5c005c00u);
+  }
+}
+
+// Times 2^(exponent - 127); 255 stands for NaN.
+template <class T>
+DENDRITE_DEVICE uint32_t times_power(uint32_t pair, uint32_t exponent) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const uint32_t factor = exponent == 255 ? 0x7fc0u : exponent << 7;
+    return mul2<bf16>(pair, factor | factor << 16);
+  } else {
+    const float factor = bits_float(exponent == 255 ? 0x7fc00000u : exponent << 23);
+    const float2 two = unpack2<T>(pair);
+    return pack2<T>(two.x * factor, two.y * factor);
+  }
+}
+
+template <class T, int kBits>
+DENDRITE_DEVICE Packed<T, 8> levels_of(const SignedPlaces& at) {
+  using Bytes = LevelBytes<T, kBits>;
+  Packed<T, 8> out;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t place = at.place >> (16 * i), negative = at.negative >> (16 * i);
+    const uint32_t low = byte_perm(Bytes::kLow0, Bytes::kLow1, place);
+    const uint32_t high =
+        byte_perm(Bytes::kHigh0, Bytes::kHigh1, place) | byte_perm(0x8000u, 0, negative);
+    out.words[2 * i] = byte_perm(low, high, 0x5140);
+    out.words[2 * i + 1] = byte_perm(low, high, 0x7362);
+  }
+  return out;
+}
+
+// Values 8 * chunk .. 8 * chunk + 7 of a vector. `scales`: its scales, of use for mxfp8.
+template <class T, int kCodec>
+DENDRITE_DEVICE Packed<T, 8> decode8(const char* row, const char* scales, int chunk, int dim) {
+  static_assert(sizeof(T) == 2);
+  if constexpr (kCodec == kFp32) {
+    float numbers[8];
+    load_floats<8>(numbers, reinterpret_cast<const float*>(row) + 8 * chunk);
+    return pack<T>(numbers);
+  } else if constexpr (kCodec == kBf16 || kCodec == kFp16) {
+    using Stored = std::conditional_t<kCodec == kBf16, bf16, half_t>;
+    if constexpr (std::is_same_v<Stored, T>) {
+      return load_packed<T, 8>(reinterpret_cast<const T*>(row) + 8 * chunk);
+    } else {
+      float numbers[8];
+      load_floats<8>(numbers, reinterpret_cast<const Stored*>(row) + 8 * chunk);
+      return pack<T>(numbers);
+    }
+  } else if constexpr (is_rotated(kCodec)) {
+    constexpr int kBits = kCodecBits[kCodec];
+    return levels_of<T, kBits>(signed_places<kBits>(row, chunk, dim));
+  } else {
+    const uint2 codes = *reinterpret_cast<const uint2*>(row + 8 * chunk);
+    Packed<T, 8> out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 == 0 ? 0x1404 : 0x3424);
+      out.words[i] = float8_pair<T, kCodec == kE5m2>(pair);
+      if constexpr (kCodec == kMxfp8)
+        out.words[i] = times_power<T>(out.words[i], uint8_t(scales[chunk / 4]));
+    }
+    return out;
+  }
+}
+
+template <int kBits, int kFirst = 0>
+DENDRITE_DEVICE float magnitude(uint32_t place) {
+  if constexpr (kFirst + 1 == 1 << (kBits - 1))
+    return kLevelAt<kBits, kFirst>;
+  else
+    return place == kFirst ? kLevelAt<kBits, kFirst> : magnitude<kBits, kFirst + 1>(place);
+}
+
+// The same as floats, exactly.
+template <int kCodec>
+DENDRITE_DEVICE void decode8_floats(float (&out)[8], const char* row, const char* scales, int chunk,
+                                    int dim) {
+  if constexpr (kCodec == kFp32) {
+    load_floats<8>(out, reinterpret_cast<const float*>(row) + 8 * chunk);
+  } else if constexpr (is_rotated(kCodec)) {
+    constexpr int kBits = kCodecBits[kCodec];
+    const SignedPlaces at = signed_places<kBits>(row, chunk, dim);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float level = magnitude<kBits>(at.place >> (4 * i) & 7);
+      out[i] = (at.negative >> (4 * i) & 1) != 0 ? -level : level;
+    }
+  } else {
+    // 16 bits of either type hold every 8-bit float; a power of two is exact in bf16.
+    using Wide = std::conditional_t<kCodec == kFp16, half_t, bf16>;
+    unpack<Wide, 8>(out, decode8<Wide, kCodec>(row, scales, chunk, dim));
+  }
+}
+
+// function(std::integral_constant<int, codec>()), for the codec of a vector.
+template <class Function>
+DENDRITE_DEVICE void with_codec(int codec, const Function& function) {
+  switch (codec) {
+    case kFp32: return function(std::integral_constant<int, kFp32>());
+    case kBf16: return function(std::integral_constant<int, kBf16>());
+    case kFp16: return function(std::integral_constant<int, kFp16>());
+    case kE4m3: return function(std::integral_constant<int, kE4m3>());
+    case kE5m2: return function(std::integral_constant<int, kE5m2>());
+    case kMxfp8: return function(std::integral_constant<int, kMxfp8>());
+    case kTq4: return function(std::integral_constant<int, kTq4>());
+    case kTq3: return function(std::integral_constant<int, kTq3>());
+    default: return function(std::integral_constant<int, kTq2>());
+  }
+}
+
+// Whether a vector has one scale of its own.
+DENDRITE_HOST_DEVICE bool has_token_scale(int codec) { return codec == kE4m3 || codec >= kTq4; }
+
+// It, or 1.
+DENDRITE_DEVICE float token_scale(int codec, const char* scale) {
+  if (!has_token_scale(codec)) return 1.f;
+  return to_float(half_t{*reinterpret_cast<const uint16_t*>(scale)});
+}
+
+}  // namespace dendrite

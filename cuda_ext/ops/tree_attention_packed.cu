@@ -1,0 +1,37 @@
+#include "packed_rows.h"
+#include "tree_attention_packed_instances.h"
+
+namespace dendrite {
+namespace {
+
+PackedAttentionKernel find(const TreeAttentionShape& shape, int cell_bytes) {
+  switch (shape.head_dim) {
+    case 64: return packed_attention_kernel<64>(shape, cell_bytes);
+    case 96: return packed_attention_kernel<96>(shape, cell_bytes);
+    case 128: return packed_attention_kernel<128>(shape, cell_bytes);
+    default: return packed_attention_kernel<256>(shape, cell_bytes);
+  }
+}
+
+}  // namespace
+
+int tree_attention_packed_workers(const TreeAttentionShape& shape, int kv_heads) {
+  const PackedAttentionKernel kernel = find(shape, 1);
+  const int blocks =
+      max_blocks_per_multiprocessor(kernel.attend, kernel.threads, kernel.shared_bytes);
+  return std::max(1, num_multiprocessors() * blocks / kv_heads);
+}
+
+void launch_tree_attention_packed(const TreeAttentionPackedParams& params,
+                                  const TreeAttentionShape& shape, const float* v_signs, int rows,
+                                  int workers, cudaStream_t stream) {
+  const PackedAttentionKernel kernel = find(shape, params.layer.cell_bytes());
+  launch_kernel(kernel.attend, dim3(workers, params.kv_heads), dim3(kernel.threads),
+                kernel.shared_bytes, stream, true, params);
+  launch_merge(kernel.merge, params, shape, rows, stream);
+  if (v_signs != nullptr)
+    launch_rotate_back({params.out, v_signs, rows, params.heads, params.kv_heads, shape.head_dim},
+                       shape.dtype, stream);
+}
+
+}  // namespace dendrite

@@ -1,0 +1,5 @@
+#include "tree_attention_packed_instances.h"
+
+namespace dendrite {
+template PackedAttentionKernel packed_attention_kernel<256>(const TreeAttentionShape&, int);
+}  // namespace dendrite
