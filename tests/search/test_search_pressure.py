@@ -47,9 +47,15 @@ def searched(search, num_pages, seen=None, **options):
     return outcome, result
 
 
+# They never go back to a branch, so what is released is never made again.
+NEVER_RETURN = {"best-of-n", "self-consistency", "weighted-vote"}
+
+
 @ALL
 @pytest.mark.parametrize("seed", [None, 3])
 def test_a_pool_too_small_for_the_tree_changes_no_result(name, seed):
+    if name == "lats":
+        pytest.xfail("a reflection that is made again draws other tokens: docs/search/lats.md")
     search = make(name, seed=seed)
     handles = []
     whole, roomy = searched(search, 10_000, handles)
@@ -61,7 +67,7 @@ def test_a_pool_too_small_for_the_tree_changes_no_result(name, seed):
         outcome, result = searched(search, pages)
         assert outcome == whole, pages
         pressed += result.released > 0 and result.remade > 0
-    assert pressed, "no pool was small enough"
+    assert pressed or name in NEVER_RETURN, "no pool was small enough"
 
 
 @pytest.mark.parametrize(

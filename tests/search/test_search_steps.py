@@ -64,7 +64,7 @@ class Plain:
         tokens = []
         for _ in range(STEP):
             token, _ = self.engine.draw(branch, SamplingParams(temperature=1.0, seed=self.seed))
-            branch._tokens.append(token)
+            branch._ids.append(token)
             tokens.append(token)
             if token == EOS:
                 break

@@ -11,7 +11,7 @@ from dendrite_engine.search.base import Outcome, Trial
 from dendrite_engine.search.budget import BatchPlan, Budget
 from dendrite_engine.search.descending import DescendingSearch, DescendingState
 from dendrite_engine.search.draws import generator
-from dendrite_engine.search.posterior import GaussianPosterior, Posterior
+from dendrite_engine.search.posterior import BetaPosterior, GaussianPosterior, Posterior
 from dendrite_engine.search.tree import Node, Tree
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class ABMCTS(DescendingSearch[ABMCTSState]):
     """
 
     name: ClassVar[str] = "abmcts"
+    saved_types: ClassVar[tuple[type, ...]] = (GaussianPosterior, BetaPosterior)
     expansions: ClassVar[tuple[str, ...]] = ("sample",)
     live_options: ClassVar[frozenset[str]] = frozenset(
         {"width", "parallel", "tokens_per_node", "target"}

@@ -66,13 +66,19 @@ def save_search(session: SearchSession, path: str | os.PathLike[str]) -> dict[st
         `bytes` written, `nodes`, and `branches` that a resumed search will make again.
 
     Raises:
-        SearchError: the root was pruned, or the state holds something that can't be stored.
+        SearchError: the root was pruned or has moved, or the state holds something that can't be
+            stored.
     """
     state, search = session.state, session.algorithm
     tree: Tree = state.tree
     root = tree.root.branch
     if root is None or not root.is_alive:
         raise SearchError("the search's root was pruned, so there is nothing to go on from")
+    if tree.root.parent is not None:
+        raise SearchError(
+            f"the search's root has moved to node {tree.root.id} (advance, or a later episode of "
+            "LATS); a search can be saved while its root is the branch that it began from"
+        )
     draws = _draws(session)
     owners = {node.branch_id: node.id for node in tree.nodes if node.branch is not None}
     encoder = Encoder(state_types(search, state), owners)

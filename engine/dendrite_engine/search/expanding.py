@@ -30,7 +30,7 @@ class ExpandingState(State):
     merged: int = 0
     failed: int = 0
     runs: dict[int, Runs] = field(default_factory=dict)
-    paths: PathTable = field(default_factory=PathTable)
+    paths: PathTable = field(default_factory=PathTable, metadata={"checkpoint": False})
 
 
 E = TypeVar("E", bound=ExpandingState)

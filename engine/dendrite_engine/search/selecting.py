@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 from dendrite_engine.errors import InvalidArgument
 from dendrite_engine.search.checks import number, one_of, whole
 from dendrite_engine.search.descending import DescendingSearch, DescendingState
 from dendrite_engine.search.draws import generator
-from dendrite_engine.search.selection import Arm, SelectionRule, selection_rule
+from dendrite_engine.search.selection import (
+    PUCT,
+    UCT,
+    Arm,
+    EpsilonGreedy,
+    SelectionRule,
+    UCB1Tuned,
+    selection_rule,
+)
 from dendrite_engine.search.tree import Node
 
 # for an untried child in the order of choices: tried ones of the same score come first
@@ -56,6 +64,8 @@ class SelectingSearch(DescendingSearch[M], Generic[M]):
         normalise: `none` wants values in [0, 1]; `minmax` scales all values seen so far to [0, 1]
             when selecting (Schrittwieser et al., MuZero, Nature 2020, appendix B).
     """
+
+    saved_types: ClassVar[tuple[type, ...]] = (UCT, UCB1Tuned, PUCT, EpsilonGreedy)
 
     exploration: float = 1.414
     virtual_loss: int = 1
