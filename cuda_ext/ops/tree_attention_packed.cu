@@ -25,9 +25,12 @@ int tree_attention_packed_workers(const TreeAttentionShape& shape, int kv_heads)
 void launch_tree_attention_packed(const TreeAttentionPackedParams& params,
                                   const TreeAttentionShape& shape, const float* v_signs, int rows,
                                   int workers, cudaStream_t stream) {
-  const PackedAttentionKernel kernel = find(shape, params.layer.cell_bytes());
+  TreeAttentionPackedParams with_cells = params;
+  with_cells.cell_bytes = params.layer.cell_bytes();
+  const PackedAttentionKernel kernel = find(shape, with_cells.cell_bytes);
+  with_cells.cell_tiles = kernel.cell_tiles;
   launch_kernel(kernel.attend, dim3(workers, params.kv_heads), dim3(kernel.threads),
-                kernel.shared_bytes, stream, true, params);
+                kernel.shared_bytes, stream, true, with_cells);
   launch_merge(kernel.merge, params, shape, rows, stream);
   if (v_signs != nullptr)
     launch_rotate_back({params.out, v_signs, rows, params.heads, params.kv_heads, shape.head_dim},

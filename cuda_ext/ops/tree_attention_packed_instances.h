@@ -16,6 +16,7 @@ struct PackedAttentionKernel {
   void (*attend)(TreeAttentionPackedParams);
   MergeKernel merge;
   int threads, shared_bytes;
+  int cell_tiles = 0;  // see TreeAttentionPackedParams
 };
 
 // For cells of so many bytes; 0: as small as they get.
@@ -38,10 +39,10 @@ PackedAttentionKernel packed_tensor_core_kernel() {
 
 #ifndef DENDRITE_EMULATE
 template <class T, int kDim, int kGroups>
-PackedAttentionKernel packed_hopper_kernel() {
+PackedAttentionKernel packed_hopper_kernel(int cell_tiles) {
   return {tree_attention_packed_tma_kernel<T, kDim, kGroups>,
           merge_partials_kernel<T, 64 * kGroups, kDim>, 128 * (kGroups + 1),
-          AttentionSharedPacked<kDim, kGroups>::kBytes};
+          AttentionSharedPacked<kDim, kGroups>::kBytes, cell_tiles};
 }
 #endif
 
@@ -52,7 +53,8 @@ PackedAttentionKernel packed_tensor_core_kernel(int q_tile, [[maybe_unused]] int
     const int tiles = q_tile == 128 ? AttentionSharedPacked<kDim, 2>::tiles_of_cells(cell_bytes)
                                     : AttentionSharedPacked<kDim, 1>::tiles_of_cells(cell_bytes);
     if (has_warpgroup_products() && tiles > 0)
-      return q_tile == 128 ? packed_hopper_kernel<T, kDim, 2>() : packed_hopper_kernel<T, kDim, 1>();
+      return q_tile == 128 ? packed_hopper_kernel<T, kDim, 2>(tiles)
+                           : packed_hopper_kernel<T, kDim, 1>(tiles);
   }
 #endif
   if constexpr (kDim <= 128) {

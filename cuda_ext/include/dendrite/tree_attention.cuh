@@ -231,7 +231,7 @@ class AttentionWarp {
 
 // `Reader`: PageReader, or PackedReader.
 template <class T, int kDim, int kWarps, int kTile, template <class, int, int, int> class Reader>
-DENDRITE_KERNEL __launch_bounds__(kWarps * 32)
+DENDRITE_KERNEL __launch_bounds__(kWarps * 32, 1)
 tree_attention_kernel(typename Reader<T, kDim, kWarps * 32, kTile>::Params p) {
   DENDRITE_SHARED_MEMORY(char, smem);
   grid_dependency_launch();

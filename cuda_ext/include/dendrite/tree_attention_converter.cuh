@@ -22,7 +22,7 @@ struct AttentionSharedPacked
   static_assert(kMaxCells + Stages::kStages < Stages::kRing);
 
   // Tiles of cells that fit; 0: the other kernel is for such pages.
-  static DENDRITE_EVERYWHERE constexpr int tiles_of_cells(int cell_bytes) {
+  static constexpr int tiles_of_cells(int cell_bytes) {
     const int tiles = kCellsBytes / (Stages::kTile * cell_bytes);
     return tiles < kMaxCells ? tiles : kMaxCells;
   }
@@ -69,23 +69,25 @@ class AttentionConverter {
 
  public:
   DENDRITE_DEVICE AttentionConverter(const TreeAttentionPackedParams& p, const Shared& shared)
-      : p_(p), shared_(shared), cell_bytes_(p.layer.cell_bytes()),
-        ring_(Shared::tiles_of_cells(cell_bytes_)) {}
+      : p_(p), shared_(shared) {}
 
   DENDRITE_DEVICE void run(const WorkSegment& segment) {
-    TileCursor<kTile> now(p_, segment), ahead(p_, segment);
-    uint4 entry = begin(ahead);
-    for (int slot = 0, parity = 0; !now.done; now.step()) {
+    TileCursor<kTile> ahead(p_, segment);
+    int left = 0;  // tiles whose cells are on their way or there
+    uint4 entry = begin(ahead, left);
+    for (int slot = 0, parity = 0; left > 0; --left) {
       mbarrier_wait(shared_.cells_full(slot), parity);
       convert(slot);
-      sync_some(kBarrier, kThreads);  // the cells are free, and whoever reads the next entries sees them
-      if (warp() == 0 && !ahead.done) {
-        load(place_.tile + ring_, slot, entry, ahead, 0xffffffffu, true);
+      sync_some(kBarrier, kThreads);  // the cells are free
+      if (!ahead.done) {
+        if (warp() == 0)
+          load(place_.tile + p_.cell_tiles, slot, entry, ahead, 0xffffffffu, true);
         ahead.step();
+        ++left;
         entry = entry_of(ahead);
       }
       place_.step();
-      if (++slot == ring_) slot = 0, parity ^= 1;
+      if (++slot == p_.cell_tiles) slot = 0, parity ^= 1;
     }
   }
 
@@ -109,23 +111,21 @@ class AttentionConverter {
 
   // The first tiles of cells. Only entries with tokens of this step wait for the kernels ahead of this
   // one; see AttentionProducer.
-  DENDRITE_DEVICE uint4 begin(TileCursor<kTile>& ahead) {
-    uint4 entry = make_uint4(0, 0, 0, 0);
+  DENDRITE_DEVICE uint4 begin(TileCursor<kTile>& ahead, int& left) {
+    TileCursor<kTile> again = ahead;
+    for (; left < p_.cell_tiles && !ahead.done; ++left, ahead.step()) {
+      const uint4 entry = entry_of(ahead);
+      if (warp() == 0) load(left, left, entry, ahead, ballot((entry.z & kOld) != 0), true);
+    }
     if (warp() == 0) {
-      TileCursor<kTile> again = ahead;
-      for (int tile = 0; tile < ring_ && !ahead.done; ++tile, ahead.step()) {
-        entry = entry_of(ahead);
-        load(tile, tile, entry, ahead, ballot((entry.z & kOld) != 0), true);
-      }
       grid_dependency_wait();
-      for (int tile = 0; tile < ring_ && !again.done; ++tile, again.step()) {
-        entry = entry_of(again);
+      for (int tile = 0; tile < left; ++tile, again.step()) {
+        const uint4 entry = entry_of(again);
         load(tile, tile, entry, again, ~ballot((entry.z & kOld) != 0), false);
       }
-      entry = entry_of(ahead);
     }
     sync_some(kBarrier, kThreads);
-    return entry;
+    return entry_of(ahead);
   }
 
   // The cells of those entries that `chosen` has; the first time (`opens`) what consumers need to know
@@ -139,17 +139,17 @@ class AttentionConverter {
         store_shared_16(shared_.entries(tile) + lane() * int(sizeof(WorkEntry)), entry);
       if (lane() == 0) store_shared_16(shared_.summary(tile), summary);
       sync_warp();
-      if (lane() == 0) mbarrier_arrive_and_expect(shared_.cells_full(slot), kTile * cell_bytes_);
+      if (lane() == 0) mbarrier_arrive_and_expect(shared_.cells_full(slot), kTile * p_.cell_bytes);
       sync_warp();
     }
     if (lane() < kTile && (chosen >> lane() & 1) != 0)
-      load_bytes(shared_.cells(slot, cell_bytes_) + lane() * cell_bytes_,
-                 entry_cell(p_, mine, blockIdx.y), cell_bytes_, shared_.cells_full(slot));
+      load_bytes(shared_.cells(slot, p_.cell_bytes) + lane() * p_.cell_bytes,
+                 entry_cell(p_, mine, blockIdx.y), p_.cell_bytes, shared_.cells_full(slot));
   }
 
   DENDRITE_DEVICE void convert(int slot) {
     const PackedLayer& layer = p_.layer;
-    const SharedAddress cells = shared_.cells(slot, cell_bytes_);
+    const SharedAddress cells = shared_.cells(slot, p_.cell_bytes);
     mbarrier_wait(shared_.keys_empty(place_), place_.parity ^ 1);
     store_scales(cells, layer.k, layer.k_scales(), shared_.key_scales(place_));
     store_scales(cells, layer.v, layer.v_scales(), shared_.value_scales(place_));
@@ -177,7 +177,7 @@ class AttentionConverter {
     for (int i = thread(); i < kSlots; i += kThreads) {
       const WorkEntry entry = work_entry(
           load_shared_16(shared_.entries(place_.tile) + i / kUnit * int(sizeof(WorkEntry))));
-      const char* scale = pointer(cells + i / kUnit * cell_bytes_ + scales_at) +
+      const char* scale = pointer(cells + i / kUnit * p_.cell_bytes + scales_at) +
                           i % kUnit * side.scales;
       store_shared_float(to + 4 * i, i % kUnit < entry.len ? token_scale(side.codec, scale) : 0.f);
     }
@@ -189,7 +189,7 @@ class AttentionConverter {
   DENDRITE_DEVICE void convert_side(SharedAddress codes, const PackedVector& side, int scales_at,
                                     SharedAddress to) const {
     constexpr int kSteps = kSlots * kChunks / kThreads;
-    constexpr int kBatch = kSteps < 4 ? kSteps : 4;
+    constexpr int kBatch = kDim == 128 && kGroups == 1 ? 1 : 2;  // more does not fit into registers
     const int chunk = thread() % kChunks, first = thread() / kChunks;
     const int part = chunk / 8 * (kKeys ? Shared::kKeyPanelBytes : kUnit * 128);
 #pragma unroll 1
@@ -198,7 +198,7 @@ class AttentionConverter {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int row = first + (step + i) * (kThreads / kChunks);
-        const char* cell = pointer(codes + row / kUnit * cell_bytes_);
+        const char* cell = pointer(codes + row / kUnit * p_.cell_bytes);
         const int r = row % kUnit;
         numbers[i] = decode8<T, kCodec>(cell + r * side.row, cell + scales_at + r * side.scales,
                                         chunk, kDim);
@@ -216,7 +216,6 @@ class AttentionConverter {
 
   const TreeAttentionPackedParams& p_;
   const Shared& shared_;
-  const int cell_bytes_, ring_;
   Place place_;
 };
 
@@ -227,6 +226,9 @@ tree_attention_packed_tma_kernel(const __grid_constant__ TreeAttentionPackedPara
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = AttentionSharedPacked<kDim, kGroups>;
   constexpr int kConsumers = 128 * kGroups;
+  // Registers of a converting and of a computing thread; without spills in either.
+  constexpr int kRest = kDim == 64 ? 64 : kGroups == 1 ? 72 : 96;
+  constexpr int kMost = kDim == 64 ? (kGroups == 1 ? 192 : 224) : kGroups == 1 ? 184 : 208;
   DENDRITE_SHARED_MEMORY(char, memory);
   const Shared shared{kept((shared_address(memory) + 1023) / 1024 * 1024)};
   grid_dependency_launch();
@@ -237,10 +239,11 @@ tree_attention_packed_tma_kernel(const __grid_constant__ TreeAttentionPackedPara
   }
   sync_block();
   if (threadIdx.x >= kConsumers) {
-    give_registers<kGroups == 1 ? 72 : 80>();
+    give_registers<kRest>();
+    segment = whole_segment(p, blockIdx.x);  // again: kept so far, it would be spilled
     if (segment.count > 0) AttentionConverter<T, kDim, kGroups>(p, shared).run(segment);
   } else {
-    take_registers<kGroups == 1 ? 184 : 216>();
+    take_registers<kMost>();
     AttentionConsumer<T, kDim, kGroups, Shared> consumer(p, shared);
     consumer.begin(segment);
     grid_dependency_wait();

@@ -67,6 +67,7 @@ struct PackedReader {
   DENDRITE_DEVICE void load_side(const WorkEntry* entries, int head, int codes_at, int scales_at,
                                  const PackedVector& side, T* to) const {
     constexpr int kChunks = kDim / 8;
+#pragma unroll 1
     for (int i = threadIdx.x; i < kSlots * kChunks; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks, r = row % kUnit;
       const WorkEntry entry = entries[row / kUnit];

@@ -8,6 +8,8 @@ namespace dendrite {
 
 struct TreeAttentionPackedParams : TreeAttentionParams {
   PackedLayer layer;
+  // For the kernel that has bulk copies: bytes of a cell, and tiles of cells that a block holds.
+  int32_t cell_bytes, cell_tiles;
 };
 
 }  // namespace dendrite
