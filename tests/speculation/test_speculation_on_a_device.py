@@ -11,7 +11,8 @@ from proposers import Scripted, noise, oracle
 from dendrite_engine import PromptLookup, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from test_device_path import ON_A_GPU, _maker
+from device_engines import engine_maker
+from test_device_path import ON_A_GPU
 
 TEXT = "one two three, one two four; one two three, one two "
 PARAMS = (
@@ -23,7 +24,7 @@ PARAMS = (
 
 @pytest.fixture(params=["twin", "emulated", ON_A_GPU], name="on_device")
 def _on_device(request, make_engine, monkeypatch):
-    return _maker(request.param, make_engine, monkeypatch)
+    return engine_maker(request.param, make_engine, monkeypatch)
 
 
 def run(engine, params, speculate=None):
