@@ -48,6 +48,8 @@ def test_a_prompt_keeps_the_wide_tile(heads, head_dim):
 
 
 def test_small_heads_take_the_narrow_tile_unless_much_is_read_by_many_rows():
+    assert chosen("1,64; 1024,16", head_dim=128) == 0
+    assert chosen("1,64; 1024,256", head_dim=64) == 1
     assert chosen("1,64; 4096,16", head_dim=128) == 0
     assert chosen("1,64; 4096,16", head_dim=64) == 1
     assert chosen("1,64; 32768,16", head_dim=64) == 0

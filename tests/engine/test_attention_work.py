@@ -249,6 +249,12 @@ def test_reads_are_pages_by_blocks(rows_per_block):
 def test_no_worker_gets_much_more_than_its_share(workers):
     case = TreeCase(random_segments(3, count=60, longest=500), seed=1)
     args = arguments(case.plan, group=4, q_tile=64, workers=workers)
+    loads = loads_of(args, workers)
+    assert max(loads) <= 2 * max(2, -(-sum(loads) // workers))
+
+
+def loads_of(args, workers: int) -> list[int]:
+    """Tiles of every worker."""
     work, _, blocks = build(_core.attention_work, *args)
     at = 4 + 4 * blocks
     segments = work[at : at + 8 * work[1]].reshape(-1, 8).tolist()
@@ -259,7 +265,16 @@ def test_no_worker_gets_much_more_than_its_share(workers):
             load += -(-segments[index][1] // 4)
             index = segments[index][5]
         loads.append(load)
-    assert max(loads) <= 2 * max(2, -(-sum(loads) // workers))
+    return loads
+
+
+@pytest.mark.parametrize(("q_tile", "workers"), [(64, 66), (128, 33)])
+def test_at_fixed_cuts_rows_are_shared_out_so_that_loads_are_even(q_tile, workers):
+    """Private pages of 64 branches fill what the chunks of their prefix leave, in small pieces."""
+    plan = leaves_under(4096, 64, 64)
+    args = arguments(plan, group=8, q_tile=q_tile, workers=workers, exact=True)
+    loads = loads_of(args, workers)
+    assert max(loads) <= 1.5 * sum(loads) / workers
 
 
 def test_chunks_of_the_deterministic_mode_depend_on_positions_alone():

@@ -103,6 +103,11 @@ def choose_cuts(blocks: list[tuple[int, list[Run]]], workers: int) -> Cuts:
     return chooser.best
 
 
+def _share_of(row: int, parts: int, rows: int) -> int:
+    """Share i of n has the rows [rows * i / n, rows * (i + 1) / n)."""
+    return ((row + 1) * parts - 1) // rows
+
+
 def _sizes(blocks: list[tuple[int, list[Run]]], shares: int) -> list[int]:
     """Tiles of each piece, before cuts."""
     sizes = []
@@ -110,8 +115,8 @@ def _sizes(blocks: list[tuple[int, list[Run]]], shares: int) -> list[int]:
         parts = min(shares, rows)
         entries = [0] * (parts + 1)
         for run in runs:
-            entries[((run.begin + 1) * parts - 1) // rows] += run.last - run.first
-            entries[(run.end * parts - 1) // rows + 1] -= run.last - run.first
+            entries[_share_of(run.begin, parts, rows)] += run.last - run.first
+            entries[_share_of(run.end - 1, parts, rows) + 1] -= run.last - run.first
         sizes += [max(1, tiles_of(count)) for count in accumulate(entries[:-1])]
     return sizes
 
@@ -175,15 +180,12 @@ class Cell(NamedTuple):
 
     def read(self, shares: int) -> int:
         """Entries that all shares of the rows read."""
-        return sum(
-            (run.last - run.first)
-            * (
-                ((run.end * shares - 1) // self.rows)
-                - (((run.begin + 1) * shares - 1) // self.rows)
-                + 1
-            )
-            for run in self.runs
-        )
+        total = 0
+        for run in self.runs:
+            first = _share_of(run.begin, shares, self.rows)
+            last = _share_of(run.end - 1, shares, self.rows)
+            total += (run.last - run.first) * (last - first + 1)
+        return total
 
 
 def choose_shares(cells: list[Cell], workers: int) -> list[int]:
