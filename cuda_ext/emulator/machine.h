@@ -36,6 +36,7 @@ enum class Wait : uint8_t {
   kLdmatrixX2,
   kLdmatrixX4Trans,
   kLdmatrixX2Trans,
+  kTranspose,
   kMmaBf16,
   kMmaF16,
 };

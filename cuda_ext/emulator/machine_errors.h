@@ -13,7 +13,7 @@ inline std::string describe(const Meeting& meeting) {
   static constexpr const char* names[] = {
       "nothing", "sync_block", "sync_warp", "shfl_xor", "shfl", "shfl_up", "shfl_down", "ballot",
       "any_sync", "all_sync", "ldmatrix_x4", "ldmatrix_x2", "ldmatrix_x4_trans",
-      "ldmatrix_x2_trans", "mma_m16n8k16<bf16>", "mma_m16n8k16<half_t>"};
+      "ldmatrix_x2_trans", "transpose_8x8", "mma_m16n8k16<bf16>", "mma_m16n8k16<half_t>"};
   std::string text = names[int(meeting.wait)];
   if (meeting.bytes != 0) text += " of " + std::to_string(meeting.bytes) + " bytes";
   if (meeting.place.file != nullptr) {

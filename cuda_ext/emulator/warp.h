@@ -173,6 +173,21 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem,
   emulator::ldmatrix<2, true>(emulator::Wait::kLdmatrixX2Trans, place, r, smem);
 }
 
+inline uint32_t transpose_8x8(uint32_t row, emulator::Place place = emulator::Place::here()) {
+  using Word = emulator::Exchange<uint32_t>;
+  Word own{row, row, 0};
+  emulator::machine.meet_warp({emulator::Wait::kTranspose, 0, place}, &own, [](void** all) {
+    const auto element = [&](int i, int j) {
+      return static_cast<Word*>(all[4 * i + j / 2])->value >> (16 * (j % 2)) & 0xffffu;
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4 * 2;
+      static_cast<Word*>(all[lane])->result = element(t, g) | element(t + 1, g) << 16;
+    }
+  });
+  return own.result;
+}
+
 template <class T>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          emulator::Place place = emulator::Place::here()) {

@@ -19,6 +19,7 @@ void tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_page
   const Argument list = call.ints("work", work, {kAny}, true);
   const Argument scratch = call.floats("partials", partials, {kAny}, Dtype::kF32);
   const TreeAttentionShape shape{query.dtype(), dim, int(q_tile)};
+  check_shape(call, shape, tree_attention_takes(shape));
   check_attention(call, shape, heads, kv_heads, window, workers);
   if (rows == 0) return;
   TreeAttentionParams params = attention_params(shape, rows, heads, kv_heads, scale, window);
@@ -39,7 +40,7 @@ int64_t workers_that_fill(const Tensor& like, int64_t head_dim, int64_t kv_heads
   Call call("tree_attention_workers");
   const Argument type = call.floats("like", like, {kAny}, false);
   const TreeAttentionShape shape{type.dtype(), int(head_dim), int(q_tile)};
-  check_shape(call, shape);
+  check_shape(call, shape, tree_attention_takes(shape));
   call.require(kv_heads > 0, "kv_heads", "must be at least 1, got ", kv_heads);
   return tree_attention_workers(shape, int(kv_heads));
 }

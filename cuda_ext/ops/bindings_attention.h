@@ -8,11 +8,12 @@
 
 namespace dendrite {
 
-inline void check_shape(const Call& call, const TreeAttentionShape& shape) {
-  call.require(tree_attention_takes(shape), "q",
-               "has head_dim ", shape.head_dim, " and q_tile is ", shape.q_tile,
+// `more`: tiles that there are kernels for besides those of unquantised pages.
+inline void check_shape(const Call& call, const TreeAttentionShape& shape, bool taken,
+                        const char* more = "") {
+  call.require(taken, "q", "has head_dim ", shape.head_dim, " and q_tile is ", shape.q_tile,
                "; there are kernels for head_dim 64, 96, 128 and 256 with q_tile 64, and for 64, 96 "
-               "and 128 in fp16 and bf16 with q_tile 128");
+               "and 128 in fp16 and bf16 with q_tile 128", more);
 }
 
 inline int power_of_two_shift(const Call& call, const char* name, int value) {
@@ -25,7 +26,6 @@ inline int power_of_two_shift(const Call& call, const char* name, int value) {
 
 inline void check_attention(const Call& call, const TreeAttentionShape& shape, int heads,
                             int64_t kv_heads, int64_t window, int64_t workers) {
-  check_shape(call, shape);
   call.require(kv_heads > 0 && heads % kv_heads == 0, "q", "has ", heads,
                " heads, not a multiple of the ", kv_heads, " kv heads of the pages");
   call.require(heads / kv_heads <= shape.q_tile, "q", "has ", heads / kv_heads,

@@ -53,6 +53,11 @@ PackedLayer checked_layer(const Call& call, const Pool& pool, int dim, int64_t l
   return layer;
 }
 
+void check_packed_shape(const Call& call, const TreeAttentionShape& shape) {
+  check_shape(call, shape, tree_attention_packed_takes(shape),
+              ", and for 64 and 128 in fp16 and bf16 with q_tile 8 and 16");
+}
+
 // A table [kv_heads, dim], which is there exactly where it is `wanted`.
 const float* checked_signs(Call& call, const char* name, const std::optional<Tensor>& signs,
                            int64_t kv_heads, int dim, bool wanted) {
@@ -121,9 +126,13 @@ void tree_attention_packed(const Tensor& q, const Tensor& data, const Tensor& po
   const Argument scratch = call.floats("partials", partials, {kAny}, Dtype::kF32);
   const Pool pool(call, data);
   const TreeAttentionShape shape{query.dtype(), dim, int(q_tile)};
+  check_packed_shape(call, shape);
   check_attention(call, shape, heads, kv_heads, window, workers);
   TreeAttentionPackedParams params{};
   params.layer = checked_layer(call, pool, dim, layer_at, page_size, kv_heads, k_codec, v_codec);
+  const int cell_bytes = params.layer.cell_bytes();
+  call.require(tree_attention_packed_holds(shape, cell_bytes), "q_tile", "is ", q_tile,
+               ", whose kernel has no room for cells of ", cell_bytes, " bytes");
   const float* signs =
       checked_signs(call, "v_signs", v_signs, kv_heads, dim, is_rotated(int(v_codec)));
   if (rows == 0) return;
@@ -144,7 +153,7 @@ int64_t workers_that_fill(const Tensor& like, int64_t head_dim, int64_t kv_heads
   Call call("tree_attention_packed_workers");
   const Argument type = call.floats("like", like, {kAny}, false);
   const TreeAttentionShape shape{type.dtype(), int(head_dim), int(q_tile)};
-  check_shape(call, shape);
+  check_packed_shape(call, shape);
   call.require(kv_heads > 0, "kv_heads", "must be at least 1, got ", kv_heads);
   return tree_attention_packed_workers(shape, int(kv_heads));
 }

@@ -7,7 +7,14 @@ namespace dendrite {
 
 struct TreeAttentionPackedParams;
 
-// As tree_attention_workers; the same shapes are taken.
+// Whether there is a kernel for this shape: where there is one for unquantised pages, and for tiles
+// of 8 or 16 queries (tree_attention_few.cuh) of 64 or 128 values in 16 bits.
+bool tree_attention_packed_takes(const TreeAttentionShape& shape);
+
+// Whether it holds cells of so many bytes.
+bool tree_attention_packed_holds(const TreeAttentionShape& shape, int cell_bytes);
+
+// As tree_attention_workers.
 int tree_attention_packed_workers(const TreeAttentionShape& shape, int kv_heads);
 
 // Three launches at most: the work list, the merge of partial results, and with `v_signs` ([kv_heads,

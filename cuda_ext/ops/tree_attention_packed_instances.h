@@ -1,6 +1,7 @@
 // One file for each head_dim instantiates its kernels: they compile side by side.
 #pragma once
 
+#include "dendrite/tree_attention_few.cuh"
 #include "dendrite/tree_attention_packed.cuh"
 #include "tree_attention_merge.h"
 #include "tree_attention_packed.h"
@@ -17,6 +18,8 @@ struct PackedAttentionKernel {
   MergeKernel merge;
   int threads, shared_bytes;
   int cell_tiles = 0;  // see TreeAttentionPackedParams
+  // Instead of `attend`, where each warp is a worker: takes their number too.
+  void (*attend_few)(TreeAttentionPackedParams, int) = nullptr;
 };
 
 // For cells of so many bytes; 0: as small as they get.
@@ -37,6 +40,19 @@ PackedAttentionKernel packed_tensor_core_kernel() {
               PackedReader<T, kDim, kWarps * 32, kTile>::kSharedBytes};
 }
 
+template <class T, int kDim, int kTiles>
+PackedAttentionKernel packed_few_kernel(int cell_bytes) {
+  PackedAttentionKernel kernel{nullptr, merge_partials_kernel<T, 8 * kTiles, kDim>,
+                               kFewWarps * kWarpSize, 0};
+  kernel.attend_few = tree_attention_few_kernel<T, kDim, kTiles>;
+  for (const int cells : {kManyCells, kLeastCells}) {
+    kernel.shared_bytes = kFewWarps * cells * few_stride(cell_bytes);
+    kernel.cell_tiles = cells;
+    if (kernel.shared_bytes <= kFewBytes) break;
+  }
+  return kernel;
+}
+
 #ifndef DENDRITE_EMULATE
 template <class T, int kDim, int kGroups>
 PackedAttentionKernel packed_hopper_kernel(int cell_tiles) {
@@ -47,7 +63,11 @@ PackedAttentionKernel packed_hopper_kernel(int cell_tiles) {
 #endif
 
 template <class T, int kDim>
-PackedAttentionKernel packed_tensor_core_kernel(int q_tile, [[maybe_unused]] int cell_bytes) {
+PackedAttentionKernel packed_tensor_core_kernel(int q_tile, int cell_bytes) {
+  if constexpr (kDim == 64 || kDim == 128) {
+    if (q_tile == 8) return packed_few_kernel<T, kDim, 1>(cell_bytes);
+    if (q_tile == 16) return packed_few_kernel<T, kDim, 2>(cell_bytes);
+  }
 #ifndef DENDRITE_EMULATE
   if constexpr (kDim == 64 || kDim == 128) {
     const int tiles = q_tile == 128 ? AttentionSharedPacked<kDim, 2>::tiles_of_cells(cell_bytes)

@@ -37,7 +37,7 @@ def ours(
     """
     rows = len(case.planned.plan.positions)
     backend = DEVICE_ATTENTION_BACKENDS.get("tree")(
-        _setup(case, rows, deterministic, packed is not None)
+        _setup(case, rows, deterministic, packed[0][0].cell_bytes if packed else 0)
     )
     metadata = Metadata(rows, backend.work_capacity(case.planned.num_pages), case.device)
     batch, _ = _planned(case, backend, metadata)
@@ -55,14 +55,14 @@ def ours(
     return Contestant(call, host_us)
 
 
-def _setup(case: Case, rows: int, deterministic: bool, is_packed: bool) -> AttentionSetup:
+def _setup(case: Case, rows: int, deterministic: bool, cell_bytes: int) -> AttentionSetup:
     heads = case.heads
     return AttentionSetup(
         ops=device_kernels(), device=case.device, dtype=case.q.dtype, num_heads=heads.heads,
         num_kv_heads=heads.kv_heads, head_dim=heads.head_dim, windows=frozenset((0,)),
         page_size=case.planned.page_size, max_rows=rows, graph_rows=rows,
         deterministic=deterministic, is_twin=case.device.type != "cuda",
-        is_packed=is_packed,
+        cell_bytes=cell_bytes,
     )  # fmt: skip
 
 

@@ -76,6 +76,29 @@ def test_where_there_is_one_way_there_is_one_variant(changes):
     assert chosen(tree, **changes) == 0
 
 
+@pytest.mark.parametrize("heads", [8, 32, 64, 128])
+def test_packed_pages_of_few_queries_have_a_kernel_of_their_own(heads):
+    for tree in ("64; 512", "1; 4096", "1,64; 16,512"):
+        assert chosen(tree, num_heads=heads, cell_bytes=4160) == 2, tree
+    assert chosen(SHARED, num_heads=heads, cell_bytes=4160) in (0, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": torch.float32},
+        {"head_dim": 256},
+        {"head_dim": 96},
+        {"num_heads": 8 * 17},
+        {"cell_bytes": 8448},
+        {"cell_bytes": 0},
+        {"deterministic": True},
+    ],
+)
+def test_what_that_kernel_does_not_take_goes_to_the_others(changes):
+    assert chosen("64; 512", **{"cell_bytes": 4160, **changes}) in (0, 1)
+
+
 def attended(tree: str, variant: int, monkeypatch) -> torch.Tensor:
     """Attention over random pages, by a variant of the twin."""
     monkeypatch.setattr(DeviceTreeAttention, "_choose", lambda *_: variant)

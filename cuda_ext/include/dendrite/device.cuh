@@ -4,8 +4,8 @@
 // the same kernels on a CPU.
 //
 // Rules that hold on both sides:
-//   - warp collectives (shfl*, ballot, any_sync, all_sync, sync_warp, warp_*, ldmatrix*, mma) need
-//     all 32 lanes of a warp, converged on the same call;
+//   - warp collectives (shfl*, ballot, any_sync, all_sync, sync_warp, warp_*, ldmatrix*,
+//     transpose_8x8, mma) need all 32 lanes of a warp, converged on the same call;
 //   - a thread that returned no longer takes part in sync_block();
 //   - what cp_async_16 copies is there, for the thread that asked, after the matching
 //     cp_async_commit() and cp_async_wait<N>(), and for the others after a barrier behind that;

@@ -145,6 +145,13 @@ DENDRITE_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem) {
                : "r"(shared_address(smem)));
 }
 
+// The transposed of an 8 x 8 matrix of 16-bit values: lane i has row i / 4, columns 2 (i % 4) and + 1.
+DENDRITE_DEVICE uint32_t transpose_8x8(uint32_t row) {
+  uint32_t out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(row));
+  return out;
+}
+
 // d += a * b, [16, 8] += [16, 16] x [16, 8].
 template <class T>
 DENDRITE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

@@ -57,17 +57,16 @@ DENDRITE_DEVICE uint32_t spread_bits(uint32_t x) {
   return (x | x << 3) & 0x11111111u;
 }
 
+// `codes`: 4-bit codes, or the 2-bit fields of 8 codes; `top`: the third bits of 3-bit ones.
 template <int kBits>
-DENDRITE_DEVICE SignedPlaces signed_places(const char* row, int chunk, int dim) {
+DENDRITE_DEVICE SignedPlaces signed_places(uint32_t codes, uint32_t top) {
   if constexpr (kBits == 4) {
-    const uint32_t codes = *reinterpret_cast<const uint32_t*>(row + 4 * chunk);
     const uint32_t below = ~codes & 0x88888888u;  // a code below 8 stands for a negative level
     return {(codes ^ (below - (below >> 3))) & 0x77777777u, below >> 3};
   } else {
-    const uint32_t pairs = spread_pairs(*reinterpret_cast<const uint16_t*>(row + 2 * chunk));
+    const uint32_t pairs = spread_pairs(codes);
     if constexpr (kBits == 3) {
-      const uint32_t top = spread_bits(*reinterpret_cast<const uint8_t*>(row + dim / 4 + chunk));
-      const uint32_t negative = top ^ 0x11111111u;
+      const uint32_t negative = spread_bits(top) ^ 0x11111111u;
       return {pairs ^ 3 * negative, negative};
     }
     const uint32_t negative = ~(pairs >> 1) & 0x11111111u;
@@ -120,38 +119,87 @@ DENDRITE_DEVICE Packed<T, 8> levels_of(const SignedPlaces& at) {
   return out;
 }
 
-// Values 8 * chunk .. 8 * chunk + 7 of a vector. `scales`: its scales, of use for mxfp8.
-template <class T, int kCodec>
-DENDRITE_DEVICE Packed<T, 8> decode8(const char* row, const char* scales, int chunk, int dim) {
-  static_assert(sizeof(T) == 2);
-  if constexpr (kCodec == kFp32) {
-    float numbers[8];
-    load_floats<8>(numbers, reinterpret_cast<const float*>(row) + 8 * chunk);
-    return pack<T>(numbers);
-  } else if constexpr (kCodec == kBf16 || kCodec == kFp16) {
-    using Stored = std::conditional_t<kCodec == kBf16, bf16, half_t>;
-    if constexpr (std::is_same_v<Stored, T>) {
-      return load_packed<T, 8>(reinterpret_cast<const T*>(row) + 8 * chunk);
-    } else {
-      float numbers[8];
-      load_floats<8>(numbers, reinterpret_cast<const Stored*>(row) + 8 * chunk);
-      return pack<T>(numbers);
-    }
-  } else if constexpr (is_rotated(kCodec)) {
-    constexpr int kBits = kCodecBits[kCodec];
-    return levels_of<T, kBits>(signed_places<kBits>(row, chunk, dim));
+// kBytes from an address that is a multiple of them, or of 16.
+template <int kBytes>
+DENDRITE_DEVICE void load_words(uint32_t (&words)[(kBytes + 3) / 4], const char* from) {
+  if constexpr (kBytes == 1) {
+    words[0] = *reinterpret_cast<const uint8_t*>(from);
+  } else if constexpr (kBytes == 2) {
+    words[0] = *reinterpret_cast<const uint16_t*>(from);
+  } else if constexpr (kBytes == 4) {
+    words[0] = *reinterpret_cast<const uint32_t*>(from);
   } else {
-    const uint2 codes = *reinterpret_cast<const uint2*>(row + 8 * chunk);
-    Packed<T, 8> out;
+    const auto loaded = load_packed<uint32_t, kBytes / 4>(reinterpret_cast<const uint32_t*>(from));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 == 0 ? 0x1404 : 0x3424);
-      out.words[i] = float8_pair<T, kCodec == kE5m2>(pair);
-      if constexpr (kCodec == kMxfp8)
-        out.words[i] = times_power<T>(out.words[i], uint8_t(scales[chunk / 4]));
+    for (int i = 0; i < kBytes / 4; ++i) words[i] = loaded.words[i];
+  }
+}
+
+// The codes of kChunks times 8 consecutive values, as they lie in memory.
+template <int kCodec, int kChunks>
+struct CodePiece {
+  static constexpr int kBits = kCodecBits[kCodec];
+  static constexpr int kBytes = kChunks * (kBits == 3 ? 2 : kBits);  // without third bits
+  uint32_t words[(kBytes + 3) / 4], tops[(kChunks + 3) / 4];
+
+  // Piece `index` of a vector of `dim` values, whose codes begin at `row`.
+  DENDRITE_DEVICE CodePiece(const char* row, int index, int dim) {
+    load_words<kBytes>(words, row + index * kBytes);
+    if constexpr (kBits == 3) load_words<kChunks>(tops, row + dim / 4 + index * kChunks);
+  }
+
+  DENDRITE_DEVICE SignedPlaces places(int chunk) const {
+    if constexpr (kBits == 4) return signed_places<4>(words[chunk], 0);
+    const uint32_t pairs = words[chunk / 2] >> (16 * (chunk % 2)) & 0xffffu;
+    if constexpr (kBits == 2) return signed_places<2>(pairs, 0);
+    return signed_places<3>(pairs, tops[chunk / 4] >> (8 * (chunk % 4)) & 0xffu);
+  }
+
+  // As numbers of T. `exponent`: the scale of their block, of use for mxfp8.
+  template <class T>
+  DENDRITE_DEVICE Packed<T, 8> numbers(int chunk, uint32_t exponent) const {
+    static_assert(sizeof(T) == 2);
+    if constexpr (is_rotated(kCodec)) return levels_of<T, kBits>(places(chunk));
+    Packed<T, 8> out;
+    if constexpr (kBits == 8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t codes = words[2 * chunk + i / 2];
+        out.words[i] = float8_pair<T, kCodec == kE5m2>(
+            byte_perm(codes, 0, i % 2 == 0 ? 0x1404 : 0x3424));
+        if constexpr (kCodec == kMxfp8) out.words[i] = times_power<T>(out.words[i], exponent);
+      }
+    } else {
+      using Stored = std::conditional_t<kCodec == kBf16, bf16, half_t>;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kCodec == kFp32) {
+          out.words[i] = pack2<T>(bits_float(words[8 * chunk + 2 * i]),
+                                  bits_float(words[8 * chunk + 2 * i + 1]));
+        } else if constexpr (std::is_same_v<Stored, T>) {
+          out.words[i] = words[4 * chunk + i];
+        } else {
+          const float2 two = unpack2<Stored>(words[4 * chunk + i]);
+          out.words[i] = pack2<T>(two.x, two.y);
+        }
+      }
     }
     return out;
   }
+};
+
+// The exponent of the block that values 8 * chunk .. 8 * chunk + 7 of an mxfp8 vector are in.
+template <int kCodec>
+DENDRITE_DEVICE uint32_t block_exponent(const char* scales, int chunk) {
+  if constexpr (kCodec != kMxfp8) return 0;
+  return uint8_t(scales[chunk / 4]);
+}
+
+// Values 8 * chunk .. 8 * chunk + 7 of a vector. `scales`: its scales, of use for mxfp8.
+template <class T, int kCodec>
+DENDRITE_DEVICE Packed<T, 8> decode8(const char* row, const char* scales, int chunk, int dim) {
+  return CodePiece<kCodec, 1>(row, chunk, dim)
+      .template numbers<T>(0, block_exponent<kCodec>(scales, chunk));
 }
 
 template <int kBits, int kFirst = 0>
@@ -169,11 +217,10 @@ DENDRITE_DEVICE void decode8_floats(float (&out)[8], const char* row, const char
   if constexpr (kCodec == kFp32) {
     load_floats<8>(out, reinterpret_cast<const float*>(row) + 8 * chunk);
   } else if constexpr (is_rotated(kCodec)) {
-    constexpr int kBits = kCodecBits[kCodec];
-    const SignedPlaces at = signed_places<kBits>(row, chunk, dim);
+    const SignedPlaces at = CodePiece<kCodec, 1>(row, chunk, dim).places(0);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float level = magnitude<kBits>(at.place >> (4 * i) & 7);
+      const float level = magnitude<kCodecBits[kCodec]>(at.place >> (4 * i) & 7);
       out[i] = (at.negative >> (4 * i) & 1) != 0 ? -level : level;
     }
   } else {

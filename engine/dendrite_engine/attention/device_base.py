@@ -109,7 +109,8 @@ class AttentionSetup:
         deterministic: a row's result must be bitwise independent of the other rows.
         is_twin: CPU tensors stand in for a GPU.
         kv_format: how a page stores K and V.
-        is_packed: pages are DevicePages: codes, which only the engine's own kernels read.
+        cell_bytes: 0, or pages are DevicePages: codes, which only the engine's own kernels read, in
+            cells of at most so many bytes.
     """
 
     ops: Any
@@ -125,7 +126,12 @@ class AttentionSetup:
     deterministic: bool
     is_twin: bool
     kv_format: str = "auto"
-    is_packed: bool = False
+    cell_bytes: int = 0
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether pages are DevicePages."""
+        return self.cell_bytes > 0
 
 
 class DeviceAttention(AttentionBackend[DeviceBatch]):

@@ -14,13 +14,17 @@ from dendrite_engine.kernels.device_packed import DevicePages
 _HEAD_DIMS = (64, 96, 128, 256)
 _UNIT = 16  # slots of an entry of the work list, which takes 4 ints
 _MAX_FIRST_CAPACITY = 1 << 22  # ints
-_NARROW = 1  # the variant with tiles of 64 queries where those of variant 0 have 128
+# Variants: tiles of 64 queries where those of variant 0 have 128, and for packed pages of 8 or 16.
+_NARROW, _FEW = 1, 2
 # Tiles of 64 queries are taken below so many times the page reads of tiles of 128. From runs on an
 # H100 over trees of 1 to 1,024 branches; prompts, which read twice as much, stay with 128.
 _MAX_READS = {64: 1.95, 96: 1.1, 128: 1.1}  # by head_dim
 # Pages read by tiles of 128, times kv heads, up to which heads of 64 take tiles of 64 queries in a
 # captured pass whatever the tree: two blocks on a multiprocessor hide each other's start.
 _FEW_READS = {64: 24576}
+# The kernel for few queries a page takes packed pages in cells of up to so many bytes, and is taken
+# where its tiles read at most so many times as much as those of 64 queries.
+_FEW_HEAD_DIMS, _FEW_CELL_BYTES, _MAX_FEW_READS = (64, 128), 8432, 1.5
 # With cuts at fixed positions there are too few pieces for twice as many blocks.
 _MAX_READS_AT_FIXED_CUTS, _FEW_READS_AT_FIXED_CUTS = 1.1, 0
 
@@ -49,24 +53,41 @@ class DeviceTreeAttention(DeviceAttention):
         workers = (
             ops.tree_attention_packed_workers if setup.is_packed else (ops.tree_attention_workers)
         )
+        self._few = self._few_tile()
+        tiles = {self._tile(1), self._tile(setup.max_rows), self._few or self._tile(1)}
         self._workers = {
-            tile: workers(like, setup.head_dim, setup.num_kv_heads, tile)
-            for tile in {self._tile(1), self._tile(setup.max_rows)}
+            tile: workers(like, setup.head_dim, setup.num_kv_heads, tile) for tile in tiles
         }
         self._max_reads, self._few_reads = self._limits()
-        self._slots = 0
-        self._reserve(2 * max(self._workers.values()))
+        self._results = 0
+        self._reserve(max(2 * count * tile for tile, count in self._workers.items()))
         self.reason = f"{setup.ops.name} kernel ({setup.ops.reason}){note}"
 
     def _tile(self, rows: int, variant: int = 0) -> int:
         """Queries of a tile; a function of what a captured call keeps."""
+        if variant == _FEW:
+            return self._few
         setup = self._setup
         wide = setup.dtype != torch.float32 and setup.head_dim <= 128
         return 128 if wide and rows * self._group > 64 and variant != _NARROW else 64
 
+    def _few_tile(self) -> int:
+        """Queries of a tile of the kernel for few queries; 0 where it can't be taken.
+
+        Its sums are not those of the other kernels, so not where bits may not depend on the tree.
+        """
+        setup = self._setup
+        fits = 0 < setup.cell_bytes <= _FEW_CELL_BYTES and setup.head_dim in _FEW_HEAD_DIMS
+        if not fits or setup.deterministic or setup.dtype == torch.float32 or self._group > 16:
+            return 0
+        return 8 if self._group <= 8 else 16
+
     def _limits(self) -> tuple[float, int]:
         """Up to which page reads the narrow tile is taken; see the constants."""
-        if len(self._workers) == 1 or self._setup.head_dim not in _MAX_READS:
+        if (
+            self._tile(1) == self._tile(self._setup.max_rows)
+            or self._setup.head_dim not in _MAX_READS
+        ):
             return 0.0, 0
         if self._setup.deterministic:
             return _MAX_READS_AT_FIXED_CUTS, _FEW_READS_AT_FIXED_CUTS
@@ -79,25 +100,29 @@ class DeviceTreeAttention(DeviceAttention):
         occupies half as much; but pages that many rows share are read by twice as many tiles.
         A row's bits are the same either way: its operations are those of the entries it reads.
         """
+        nodes = plan.node_row_begin, plan.node_row_end, plan.node_page_indptr
+        if self._few:
+            few, narrow = (self._reads(*nodes, tile // self._group) for tile in (self._few, 64))
+            if few <= _MAX_FEW_READS * narrow:
+                return _FEW
         if not self._max_reads or self._tile(rows) == 64:
             return 0
-        nodes = plan.node_row_begin, plan.node_row_end, plan.node_page_indptr
         wide, narrow = (self._reads(*nodes, tile // self._group) for tile in (128, 64))
         few = self._setup.num_kv_heads * wide <= self._few_reads
         few = few and rows <= self._setup.graph_rows
         return _NARROW if few or narrow < self._max_reads * wide else 0
 
-    def _reserve(self, slots: int) -> None:
-        """Scratch for so many partial results."""
-        setup, self._slots = self._setup, slots
-        result = setup.num_kv_heads * max(self._workers) * (setup.head_dim + 2)
-        self._partials = torch.empty(slots * result, device=setup.device)
+    def _reserve(self, results: int) -> None:
+        """Scratch for partial results of so many queries of each kv head."""
+        setup, self._results = self._setup, results
+        size = results * setup.num_kv_heads * (setup.head_dim + 2)
+        self._partials = torch.empty(size, device=setup.device)
         self.scratch_version += 1
 
     def work_capacity(self, num_pages: int) -> int:
         """Room for a full batch of a prompt over all pages, within reason."""
         setup = self._setup
-        rows_per_block = max(1, min(self._workers) // self._group)
+        rows_per_block = max(1, self._tile(1) // self._group)
         entries = -(-num_pages * setup.page_size // _UNIT) * -(-setup.max_rows // rows_per_block)
         return min(4 * entries + 1024, _MAX_FIRST_CAPACITY) * len(self._windows)
 
@@ -117,8 +142,8 @@ class DeviceTreeAttention(DeviceAttention):
                 setup.deterministic, room,
             )  # fmt: skip
             needed, slots = max(needed, size[0]), max(slots, size[1])
-        if slots > self._slots:
-            self._reserve(slots * 5 // 4)
+        if slots * tile > self._results:
+            self._reserve(slots * tile * 5 // 4)
         if needed > part:
             return (needed + 4) * len(self._windows)
         return part * (len(self._windows) - 1) + needed

@@ -12,7 +12,7 @@ from dendrite_engine.attention import DEVICE_ATTENTION_BACKENDS
 from dendrite_engine.attention.device_base import AttentionSetup, DeviceAttention
 from dendrite_engine.cache.formats import PageFormat, PageShape, pool_shape
 from dendrite_engine.cache.formats.choice import choose_device_format
-from dendrite_engine.cache.formats.packed import PackedFormat
+from dendrite_engine.cache.formats.device_packed import DevicePackedFormat
 from dendrite_engine.cache.key_mean import load_key_mean
 from dendrite_engine.cache.pages import KVPages
 from dendrite_engine.config import EngineConfig
@@ -153,6 +153,8 @@ def _attention(
 ) -> DeviceAttention:
     """The backend that was asked for, or the next best with the reason."""
     config, model = request.config, request.model_config
+    packed = isinstance(page_format, DevicePackedFormat)
+    cell_bytes = page_format.cell_bytes(_page_unit(request)) if packed else 0
     setup = AttentionSetup(
         ops=request.choice.ops,
         device=request.choice.device,
@@ -167,7 +169,7 @@ def _attention(
         deterministic=config.deterministic,
         is_twin=request.choice.is_twin,
         kv_format=page_format.name,
-        is_packed=isinstance(page_format, PackedFormat),
+        cell_bytes=cell_bytes,
     )
     failed: list[str] = []
     for name in dict.fromkeys((_attention_name(config), "tree", "reference")):

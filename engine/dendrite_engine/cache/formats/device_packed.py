@@ -9,7 +9,7 @@ import torch
 from dendrite_engine.cache.formats.base import PageShape
 from dendrite_engine.cache.formats.packed import LayerFormat, PackedFormat, rotation_signs
 from dendrite_engine.errors import InvalidArgument
-from dendrite_engine.kernels.device_packed import DevicePages, Rotation, device_pages
+from dendrite_engine.kernels.device_packed import CELL, DevicePages, Rotation, device_pages
 
 KERNEL_HEAD_DIMS = (64, 96, 128, 256)
 _LARGE = 4096.0  # of poisoned V; finite in every format, times any scale that comes of it
@@ -44,6 +44,10 @@ class DevicePackedFormat(PackedFormat):
                 f"{', '.join(map(str, KERNEL_HEAD_DIMS))}, and this model's is {shape.head_dim}: "
                 "take kv_format='auto'"
             )
+
+    def cell_bytes(self, shape: PageShape) -> int:
+        """Bytes of the largest cell of a layer; see kernels.device_packed."""
+        return CELL * max(layer.head_bytes(shape) for layer in self.layers) // shape.page_size
 
     def allocate(self, shape: PageShape) -> DevicePackedStore:
         """One array of bytes on the device, all zero: kernels rely on every V being finite."""

@@ -1,0 +1,409 @@
+// Tree attention over packed pages that few queries read: each warp is a worker of its own.
+//
+// Pages come to shared memory as codes, by cp.async into a ring of the warp. A lane turns codes into
+// operands of mma.m16n8k16 in registers: keys and values stand on the left, where a product has room
+// for 16 slots or values of which none is wasted, and queries on the right, 8 at a time. Which of the
+// 16 places of a product's k or m a value takes does not matter as long as both sides agree, so a
+// lane takes what lies together in memory:
+//
+//   scores   [16 slots, 8 queries] += K [16 slots, 16 values] x Q^T; lane (g, t) has the values
+//            [t * D / 4, (t + 1) * D / 4) of slots g and g + 8, and of query g
+//   output   [16 values, 8 queries] += V^T [16 values, 16 slots] x weights; lane (g, t) has the values
+//            [g * D / 8, (g + 1) * D / 8) of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, and of the
+//            output for queries 2 t and 2 t + 1
+//
+// with g = lane / 4 and t = lane % 4. Softmax is that of tree_attention_rows.cuh, entry by entry: a
+// row's result does not depend on the rows beside it here either.
+#pragma once
+
+#include "tree_attention_packed.cuh"
+
+namespace dendrite {
+
+constexpr int kFewWarps = 4;   // of a block
+constexpr int kFewBlocks = 4;  // of a multiprocessor, if their rings fit
+constexpr int kManyCells = 6, kLeastCells = 3;  // of a ring: the first number that leaves room for them
+constexpr int kFewBytes = 56 * 1024;       // of a block's rings then, and
+constexpr int kMostFewBytes = 99 * 1024;   // at most: less for every device that there is
+
+// Bytes of a cell in the ring, with its entry.
+DENDRITE_HOST_DEVICE int few_stride(int cell_bytes) { return cell_bytes + int(sizeof(WorkEntry)); }
+
+template <class T, int kDim, int kTiles>
+class FewQueriesWarp {
+  static constexpr int kKeyChunks = kDim / 32;    // of 8 values, of a slot's keys in a lane
+  static constexpr int kValueChunks = kDim / 64;  // of its values
+  static constexpr int kProducts = kDim / 16;
+  using Scores = float[kTiles][4];
+
+ public:
+  DENDRITE_DEVICE FewQueriesWarp(const TreeAttentionPackedParams& p, char* ring)
+      : p_(p), ring_(ring), stride_(few_stride(p.cell_bytes)) {}
+
+  // Takes one segment; returns the worker's next one, or -1.
+  DENDRITE_DEVICE int run(int index) {
+    const WorkSegment segment = read_segment(p_, index);
+    if (segment.count == 0) return -1;
+    start(segment);
+    slots_ = slots_from(lane());
+    next_slots_ = slots_from(32 + lane());
+    for (int i = 0; i < p_.cell_tiles; ++i) load(i, i);
+    for (int i = 0, place = 0; i < count_; ++i) {
+      wait();
+      sync_warp();
+      attend(ring_ + place * stride_);
+      sync_warp();
+      load(i + p_.cell_tiles, place);
+      if (++place == p_.cell_tiles) place = 0;
+    }
+    cp_async_wait<0>();
+    finish(segment);
+    return segment.next;
+  }
+
+ private:
+  static DENDRITE_DEVICE int lane() { return threadIdx.x % 32; }
+  static DENDRITE_DEVICE int g() { return lane() / 4; }
+  static DENDRITE_DEVICE int t() { return lane() % 4; }
+  static DENDRITE_DEVICE int head() { return blockIdx.y; }
+  // Query of this lane's column c of a tile.
+  static DENDRITE_DEVICE int query(int tile, int c) { return 8 * tile + 2 * t() + c; }
+
+  // ---- pages
+
+  DENDRITE_DEVICE int slots_from(int index) const {
+    return index < count_ ? p_.work[entries_ + 4 * index] : 0;
+  }
+
+  // Entry i of the segment, and its cell, into a place of the ring.
+  DENDRITE_DEVICE void load(int i, int place) {
+    if (i < count_) {
+      if (i % 32 == 0 && i > 0) {
+        slots_ = next_slots_;
+        next_slots_ = slots_from(i + 32 + lane());
+      }
+      WorkEntry entry{};
+      entry.slot = shfl(slots_, i % 32);
+      const char* from = entry_cell(p_, entry, head());
+      char* to = ring_ + place * stride_;
+      if (lane() == 31) cp_async_16(to, p_.work + entries_ + 4 * i, 16);
+      for (int at = 16 * lane(); at < p_.cell_bytes; at += 16 * kWarpSize)
+        cp_async_16(to + sizeof(WorkEntry) + at, from + at, 16);
+    }
+    cp_async_commit();
+  }
+
+  // For the oldest cell of the ring.
+  DENDRITE_DEVICE void wait() const {
+    if (p_.cell_tiles == kManyCells)
+      cp_async_wait<kManyCells - 1>();
+    else
+      cp_async_wait<kLeastCells - 1>();
+  }
+
+  // ---- rows
+
+  DENDRITE_DEVICE void start(const WorkSegment& segment) {
+    count_ = segment.count;
+    entries_ = segment.entries;
+    num_queries_ = segment.num_rows * p_.group;
+    low_position_ = 0x7fffffff;
+    high_position_ = -1;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int i = query(tile, c);
+        const bool there = i < num_queries_;
+        position_[tile][c] = there ? p_.positions[segment.row_begin + row_of(p_, i)] : -1;
+        if (there) low_position_ = min(low_position_, position_[tile][c]);
+        high_position_ = max(high_position_, position_[tile][c]);
+        m_[tile][c] = kNoMaximum;
+        l_[tile][c] = 0.f;
+      }
+      const int i = 8 * tile + g();
+      const bool valid = i < num_queries_;
+      const T* from = static_cast<const T*>(p_.q) + t() * (kDim / 4) +
+                      (valid ? query_offset(p_, segment.row_begin, i, head(), kDim) : 0);
+#pragma unroll
+      for (int chunk = 0; chunk < kKeyChunks; ++chunk) {
+        const auto part = load_packed<T, 8>(from + 8 * chunk);
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+          q_[tile][4 * chunk + w] = valid ? part.words[w] : 0;
+      }
+#pragma unroll
+      for (int n = 0; n < kProducts; ++n)
+        o_[tile][n][0] = o_[tile][n][1] = o_[tile][n][2] = o_[tile][n][3] = 0.f;
+    }
+#pragma unroll
+    for (int mask = 1; mask < 4; mask *= 2) {
+      low_position_ = min(low_position_, shfl_xor(low_position_, mask));
+      high_position_ = max(high_position_, shfl_xor(high_position_, mask));
+    }
+  }
+
+  DENDRITE_DEVICE void attend(const char* place) {
+    const WorkEntry entry = *reinterpret_cast<const WorkEntry*>(place);
+    if (entry.len == 0) return;  // padding
+    const char* cell = place + sizeof(WorkEntry);
+    const PackedLayer& layer = p_.layer;
+    Scores s;
+    with_codec(layer.k.codec, [&](auto codec) { scores<codec.value>(cell, s); });
+    scale_scores(cell + layer.k_scales(), s);
+    mask(entry, s);
+    Scores w;
+    float sums[kTiles][2];
+    if (any_sync(weigh(s, w, sums))) {
+      grow(s, sums);
+      weigh(s, w, sums);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      l_[tile][0] += sums[tile][0];
+      l_[tile][1] += sums[tile][1];
+    }
+    uint32_t b[kTiles][2];
+    pack(cell + layer.v_scales(), w, b);
+    with_codec(layer.v.codec, [&](auto codec) {
+      accumulate<codec.value>(cell + layer.v_codes(), cell + layer.v_scales(), b);
+    });
+  }
+
+  // Raw scores, without scales.
+  template <int kCodec>
+  DENDRITE_DEVICE void scores(const char* cell, Scores& s) const {
+    constexpr int kPiece = kCodecBits[kCodec] <= 8 ? kKeyChunks : 1;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) s[tile][0] = s[tile][1] = s[tile][2] = s[tile][3] = 0.f;
+    const PackedVector& side = p_.layer.k;
+    const char* low = cell + g() * side.row;
+    const char* high = low + 8 * side.row;
+    const char* exponents = cell + p_.layer.k_scales() + g() * side.scales;
+#pragma unroll
+    for (int first = 0; first < kKeyChunks; first += kPiece) {
+      const int index = (t() * kKeyChunks + first) / kPiece;
+      const CodePiece<kCodec, kPiece> a(low, index, kDim), b(high, index, kDim);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        const int chunk = t() * kKeyChunks + first + i;
+        const auto x = a.template numbers<T>(i, block_exponent<kCodec>(exponents, chunk));
+        const auto y = b.template numbers<T>(
+            i, block_exponent<kCodec>(exponents + 8 * side.scales, chunk));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t keys[4] = {x.words[2 * half], y.words[2 * half], x.words[2 * half + 1],
+                                    y.words[2 * half + 1]};
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const int at = 4 * (first + i) + 2 * half;
+            const uint32_t queries[2] = {q_[tile][at], q_[tile][at + 1]};
+            mma_m16n8k16<T>(s[tile], keys, queries);
+          }
+        }
+      }
+    }
+  }
+
+  // Into log2 units.
+  DENDRITE_DEVICE void scale_scores(const char* scales, Scores& s) const {
+    const PackedVector& side = p_.layer.k;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float factor =
+          p_.scale_log2 * token_scale(side.codec, scales + (g() + 8 * half) * side.scales);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        s[tile][2 * half] *= factor;
+        s[tile][2 * half + 1] *= factor;
+      }
+    }
+  }
+
+  // Hides what rows may not see.
+  DENDRITE_DEVICE void mask(const WorkEntry& entry, Scores& s) const {
+    const int begin = first_reader(entry) * p_.group, end = end_of_readers(entry) * p_.group;
+    if (begin == 0 && end >= num_queries_ && entry.len == kUnit &&
+        entry.pos + kUnit - 1 <= low_position_ &&
+        (p_.window == 0 || entry.pos > high_position_ - p_.window))
+      return;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int i = query(tile, c), seen = position_[tile][c] - entry.pos;
+        const int stop = i >= begin && i < end ? min(entry.len, seen + 1) : 0;
+        const int from = p_.window > 0 ? seen - p_.window + 1 : 0;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int slot = g() + 8 * half;
+          if (slot >= stop || slot < from) s[tile][2 * half + c] = kMinusInf;
+        }
+      }
+    }
+  }
+
+  // Weights of scores, and this lane's sums of them; whether one of these is too large.
+  DENDRITE_DEVICE bool weigh(const Scores& s, Scores& w, float (&sums)[kTiles][2]) const {
+    bool grows = false;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[tile][i] = exp2_fast(s[tile][i] - m_[tile][i % 2]);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        sums[tile][c] = w[tile][c] + w[tile][2 + c];
+        grows |= sums[tile][c] > kLargeWeight;
+      }
+    }
+    return grows;
+  }
+
+  // Brings the maxima of those queries up to the scores that have too large a sum in some lane.
+  DENDRITE_DEVICE void grow(const Scores& s, const float (&sums)[kTiles][2]) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const bool grows = (ballot(sums[tile][c] > kLargeWeight) & 0x11111111u << t()) != 0;
+        float largest = fmaxf(s[tile][c], s[tile][2 + c]);
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shfl_xor(largest, mask));
+        const float to = grows ? largest : m_[tile][c];
+        const float factor = grows ? exp2_fast(m_[tile][c] - to) : 1.f;
+        m_[tile][c] = to;
+        l_[tile][c] *= factor;
+#pragma unroll
+        for (int n = 0; n < kProducts; ++n) {
+          o_[tile][n][c] *= factor;
+          o_[tile][n][2 + c] *= factor;
+        }
+      }
+    }
+  }
+
+  // Weights times the scales of the values, as right operands.
+  DENDRITE_DEVICE void pack(const char* scales, const Scores& w, uint32_t (&b)[kTiles][2]) const {
+    const PackedVector& side = p_.layer.v;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float factor = token_scale(side.codec, scales + (g() + 8 * half) * side.scales);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        b[tile][half] = transpose_8x8(
+            pack2<T>(w[tile][2 * half] * factor, w[tile][2 * half + 1] * factor));
+    }
+  }
+
+  template <int kCodec>
+  DENDRITE_DEVICE void accumulate(const char* codes, const char* scales,
+                                  const uint32_t (&b)[kTiles][2]) {
+    constexpr int kPiece = kCodecBits[kCodec] <= 8 ? kValueChunks : 1;
+    using Piece = CodePiece<kCodec, kPiece>;
+    const PackedVector& side = p_.layer.v;
+    const char* rows = codes + 2 * t() * side.row;
+    const char* exponents = scales + 2 * t() * side.scales;
+#pragma unroll
+    for (int first = 0; first < kValueChunks; first += kPiece) {
+      const int index = (g() * kValueChunks + first) / kPiece;
+      const Piece pieces[4] = {
+          Piece(rows, index, kDim), Piece(rows + side.row, index, kDim),
+          Piece(rows + 8 * side.row, index, kDim), Piece(rows + 9 * side.row, index, kDim)};
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        const int chunk = g() * kValueChunks + first + i;
+        Packed<T, 8> x[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const char* exponent = exponents + (r / 2 * 8 + r % 2) * side.scales;
+          x[r] = pieces[r].template numbers<T>(i, block_exponent<kCodec>(exponent, chunk));
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t a[4] = {byte_perm(x[0].words[j], x[1].words[j], 0x5410),
+                                 byte_perm(x[0].words[j], x[1].words[j], 0x7632),
+                                 byte_perm(x[2].words[j], x[3].words[j], 0x5410),
+                                 byte_perm(x[2].words[j], x[3].words[j], 0x7632)};
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile)
+            mma_m16n8k16<T>(o_[tile][4 * (first + i) + j], a, b[tile]);
+        }
+      }
+    }
+  }
+
+  // ---- results
+
+  DENDRITE_DEVICE void finish(const WorkSegment& segment) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) l_[tile][c] += shfl_xor(l_[tile][c], mask);
+        const int i = query(tile, c);
+        if (i >= num_queries_) continue;
+        if (segment.slot < 0)
+          write_out(segment.row_begin, i, tile, c);
+        else
+          write_partial(segment, i, tile, c);
+      }
+    }
+  }
+
+  DENDRITE_DEVICE void write_out(int row_begin, int i, int tile, int c) const {
+    const float scale = inverse(l_[tile][c]);
+    T* out = static_cast<T*>(p_.out) + query_offset(p_, row_begin, i, head(), kDim) + g() * (kDim / 8);
+#pragma unroll
+    for (int chunk = 0; chunk < kValueChunks; ++chunk) {
+      float values[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        values[j] = o_[tile][4 * chunk + j / 2][j % 2 * 2 + c] * scale;
+      store_floats<8>(out + 8 * chunk, values);
+    }
+  }
+
+  // See tree_attention_state.cuh for the order of the values.
+  DENDRITE_DEVICE void write_partial(const WorkSegment& segment, int i, int tile, int c) const {
+    const PartialView<8 * kTiles, kDim> partial(p_, segment.slot, head());
+    const int at = segment.first_query + i;
+    const bool none = m_[tile][c] == kNoMaximum;
+    if (g() == 0)
+      *reinterpret_cast<float2*>(partial.ml + 2 * at) =
+          make_float2(none ? kMinusInf : m_[tile][c], l_[tile][c]);
+    if (none) return;  // the merge does not look at o then
+    float* to = partial.o + size_t(at) * kDim;
+#pragma unroll
+    for (int n = 0; n < kProducts; ++n) {
+      const int value = g() * (kDim / 8) + 2 * n;
+      *reinterpret_cast<float2*>(to + value / 16 * 16 + value % 8 * 2 + value % 16 / 8 * 2) =
+          make_float2(o_[tile][n][c], o_[tile][n][2 + c]);
+    }
+  }
+
+  const TreeAttentionPackedParams& p_;
+  char* const ring_;
+  const int stride_;
+  int count_, entries_, num_queries_;
+  int slots_, next_slots_;  // of 32 entries each, a lane one; see load()
+  int low_position_, high_position_;
+  int position_[kTiles][2];
+  float m_[kTiles][2], l_[kTiles][2];  // of queries 2 t and 2 t + 1 of a tile
+  uint32_t q_[kTiles][kDim / 8];
+  float o_[kTiles][kProducts][4];
+};
+
+template <class T, int kDim, int kTiles>
+DENDRITE_KERNEL __launch_bounds__(kFewWarps * 32, kFewBlocks)
+tree_attention_few_kernel(TreeAttentionPackedParams p, int workers) {
+  DENDRITE_SHARED_MEMORY(char, smem);
+  grid_dependency_launch();
+  grid_dependency_wait();
+  const int warp = shfl(threadIdx.x / kWarpSize, 0);
+  FewQueriesWarp<T, kDim, kTiles> few(p, smem + warp * p.cell_tiles * few_stride(p.cell_bytes));
+  const int first = blockIdx.x * kFewWarps + warp;
+  for (int index = first < workers ? first : -1; index >= 0;) index = few.run(index);
+}
+
+}  // namespace dendrite
