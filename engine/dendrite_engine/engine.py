@@ -319,6 +319,7 @@ class Engine(SavesBranches):
 
     def close(self) -> None:
         """End the engine thread; running jobs fail with EngineClosed. Safe to call twice."""
+        self._finalizer.detach()  # it would keep all of this in memory
         self._loop.stop()
 
     def __enter__(self) -> Engine:

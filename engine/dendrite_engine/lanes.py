@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -173,18 +174,22 @@ _NOBODY = LaneGroup.of(())  # groups without lanes are all alike
 
 
 class KeptLogits:
-    """Branches that keep logits between jobs: the last so many; older ones recompute one row."""
+    """Branches that keep logits between jobs: the last so many; older ones recompute one row.
+
+    By weak reference: a branch knows its engine, whose thread must not keep it alive.
+    """
 
     def __init__(self, limit: int = 256) -> None:
         self._limit = limit
-        self._branches: deque[Branch] = deque()
+        self._branches: deque[weakref.ref[Branch]] = deque()
 
     def add(self, branch: Branch) -> None:
         """`branch` has logits to keep."""
-        self._branches.append(branch)
+        self._branches.append(weakref.ref(branch))
         if len(self._branches) > self._limit:
-            old = self._branches.popleft()
-            if old not in self._branches and not old._busy:
+            oldest = self._branches.popleft()
+            old = oldest()
+            if old is not None and oldest not in self._branches and not old._busy:
                 old._logits = None
 
 

@@ -147,6 +147,8 @@ class StepLoop:
 
     def _receive(self, *, block: bool) -> None:
         """Take everything from the inbox; wait for the first item when there is nothing to do."""
+        if block:
+            self._scheduler.rest()
         while block or not self._inbox.empty():
             item = self._inbox.get()
             block = False

@@ -109,6 +109,10 @@ class Scheduler:
             return Selection(gone[:0], handles[:0], pending[:0], stale)
         return self._choose(waiting, pending.tolist())
 
+    def rest(self) -> None:
+        """Nothing is left to do: keep no lane, and with it no branch and no engine, alive."""
+        self._write_served()
+
     def _serve_all(self, waiting: Waiting) -> None:
         if waiting is not self._served:
             self._write_served()

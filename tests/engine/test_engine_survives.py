@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -169,3 +172,23 @@ def test_threads_that_fork_and_prune_while_the_model_runs_break_nothing(make_eng
     assert failures == []
     engine.check_integrity()
     assert [branch.id for branch in engine.branches] == [root.id]
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda-twin"])
+def test_an_engine_that_nobody_holds_leaves_memory_and_ends_its_thread(tiny_model, device, close):
+    """A notebook's cell that makes an engine is run again and again."""
+    engine = Engine.from_pretrained(tiny_model("llama"), num_pages=64, device=device)
+    branches = engine.prompt("held by nobody else").fork(3)
+    engine.complete(branches, SamplingParams(max_tokens=3))
+    gone, thread = weakref.ref(engine), engine._loop._thread
+    if close:
+        engine.close()
+    del engine, branches
+    deadline = time.monotonic() + 20
+    while gone() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)  # the thread lets go of the lanes when it comes to rest
+        gc.collect()
+    assert gone() is None
+    thread.join(20)
+    assert not thread.is_alive()
