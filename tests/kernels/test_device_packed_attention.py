@@ -112,7 +112,7 @@ def test_every_format_goes_with_every_type(attend, name, dtype):
     attend.check(tree(5), name, FAST, dtype)
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "mxfp8", "bf16"])
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "bf16"])
 def test_heads_of_96(attend, name):
     attend.check(tree(9, 96), name)
 
@@ -337,6 +337,8 @@ def test_no_rows_is_no_work(attend):
 def test_what_has_no_kernel_is_refused_by_name(kernel):
     with pytest.raises(RuntimeError, match="tree_attention_packed: q has head_dim 80"):
         kernel(Tree.make(tree(1, dim=80), "fp8_e4m3"))
+    with pytest.raises(RuntimeError, match="tree_attention_packed: k_codec is mxfp8, .* got 96"):
+        kernel(Tree.make(tree(1, dim=96), "mxfp8"))
     packed = Tree.make(tree(1), "tq4")
     for dtype, tile in ((torch.float32, 8), (torch.bfloat16, 32)):
         with pytest.raises(RuntimeError, match=f"q has head_dim 64 and q_tile is {tile}"):

@@ -74,8 +74,13 @@ DENDRITE_DEVICE SignedPlaces signed_places(uint32_t codes, uint32_t top) {
   }
 }
 
-// Two numbers of T from two bytes E4M3 or E5M2 in the upper halves of 16 bits each. 0x7F of E4M3
-// reads as 480: its vector's scale is NaN. E5M2 is the upper byte of fp16, NaN included.
+// Numbers of E4M3 as fp16 are over 2^8, and their scales times as much: weights are multiplied with
+// scales of values, which alone, 1/448 of the largest value, could leave the range of fp16.
+constexpr int kHalfShift = 8;
+
+// Two numbers of T from two bytes E4M3 or E5M2 in the upper halves of 16 bits each, those of E4M3 as
+// fp16 over 2^kHalfShift. 0x7F of E4M3 reads as 480: its vector's scale is NaN. E5M2 is the upper byte
+// of fp16, NaN included.
 template <class T, bool kE5>
 DENDRITE_DEVICE uint32_t float8_pair(uint32_t x) {
   constexpr bool kToBf16 = std::is_same_v<T, bf16>;
@@ -86,18 +91,18 @@ DENDRITE_DEVICE uint32_t float8_pair(uint32_t x) {
   } else if constexpr (kToBf16) {
     return mul2<T>((x >> 4 & 0x07f007f0u) | (x & 0x80008000u), 0x7b807b80u);
   } else {
-    return mul2<T>((x >> 1 & 0x3f803f80u) | (x & 0x80008000u), 0x5c005c00u);
+    return (x >> 1 & 0x3f803f80u) | (x & 0x80008000u);
   }
 }
 
-// Times 2^(exponent - 127); 255 stands for NaN.
+// A pair of E4M3, times 2^(exponent - 127); 255 stands for NaN.
 template <class T>
 DENDRITE_DEVICE uint32_t times_power(uint32_t pair, uint32_t exponent) {
   if constexpr (std::is_same_v<T, bf16>) {
     const uint32_t factor = exponent == 255 ? 0x7fc0u : exponent << 7;
     return mul2<bf16>(pair, factor | factor << 16);
   } else {
-    const float factor = bits_float(exponent == 255 ? 0x7fc00000u : exponent << 23);
+    const float factor = bits_float(exponent == 255 ? 0x7fc00000u : (exponent + kHalfShift) << 23);
     const float2 two = unpack2<T>(pair);
     return pack2<T>(two.x * factor, two.y * factor);
   }
@@ -253,6 +258,13 @@ DENDRITE_HOST_DEVICE bool has_token_scale(int codec) { return codec == kE4m3 || 
 DENDRITE_DEVICE float token_scale(int codec, const char* scale) {
   if (!has_token_scale(codec)) return 1.f;
   return to_float(half_t{*reinterpret_cast<const uint16_t*>(scale)});
+}
+
+// The same for numbers of T.
+template <class T>
+DENDRITE_DEVICE float operand_scale(int codec, const char* scale) {
+  const float factor = token_scale(codec, scale);
+  return std::is_same_v<T, half_t> && codec == kE4m3 ? factor * (1 << kHalfShift) : factor;
 }
 
 }  // namespace dendrite

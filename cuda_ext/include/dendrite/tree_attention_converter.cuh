@@ -179,7 +179,7 @@ class AttentionConverter {
           load_shared_16(shared_.entries(place_.tile) + i / kUnit * int(sizeof(WorkEntry))));
       const char* scale = pointer(cells + i / kUnit * p_.cell_bytes + scales_at) +
                           i % kUnit * side.scales;
-      store_shared_float(to + 4 * i, i % kUnit < entry.len ? token_scale(side.codec, scale) : 0.f);
+      store_shared_float(to + 4 * i, i % kUnit < entry.len ? operand_scale<T>(side.codec, scale) : 0.f);
     }
   }
 

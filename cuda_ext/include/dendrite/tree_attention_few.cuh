@@ -21,7 +21,8 @@
 namespace dendrite {
 
 constexpr int kFewWarps = 4;   // of a block
-constexpr int kFewBlocks = 4;  // of a multiprocessor, if their rings fit
+// Blocks of a multiprocessor, if their rings fit: what registers allow.
+constexpr int few_blocks(int dim, int tiles) { return dim == 128 && tiles == 2 ? 2 : 4; }
 constexpr int kManyCells = 6, kLeastCells = 3;  // of a ring: the first number that leaves room for them
 constexpr int kFewBytes = 56 * 1024;       // of a block's rings then, and
 constexpr int kMostFewBytes = 99 * 1024;   // at most: less for every device that there is
@@ -211,7 +212,7 @@ class FewQueriesWarp {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float factor =
-          p_.scale_log2 * token_scale(side.codec, scales + (g() + 8 * half) * side.scales);
+          p_.scale_log2 * operand_scale<T>(side.codec, scales + (g() + 8 * half) * side.scales);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         s[tile][2 * half] *= factor;
@@ -253,7 +254,7 @@ class FewQueriesWarp {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         sums[tile][c] = w[tile][c] + w[tile][2 + c];
-        grows |= sums[tile][c] > kLargeWeight;
+        grows |= sums[tile][c] > kLargeWeight<T>;
       }
     }
     return grows;
@@ -265,7 +266,7 @@ class FewQueriesWarp {
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const bool grows = (ballot(sums[tile][c] > kLargeWeight) & 0x11111111u << t()) != 0;
+        const bool grows = (ballot(sums[tile][c] > kLargeWeight<T>) & 0x11111111u << t()) != 0;
         float largest = fmaxf(s[tile][c], s[tile][2 + c]);
 #pragma unroll
         for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shfl_xor(largest, mask));
@@ -287,7 +288,7 @@ class FewQueriesWarp {
     const PackedVector& side = p_.layer.v;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor = token_scale(side.codec, scales + (g() + 8 * half) * side.scales);
+      const float factor = operand_scale<T>(side.codec, scales + (g() + 8 * half) * side.scales);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
         b[tile][half] = transpose_8x8(
@@ -395,7 +396,7 @@ class FewQueriesWarp {
 };
 
 template <class T, int kDim, int kTiles>
-DENDRITE_KERNEL __launch_bounds__(kFewWarps * 32, kFewBlocks)
+DENDRITE_KERNEL __launch_bounds__(kFewWarps * 32, few_blocks(kDim, kTiles))
 tree_attention_few_kernel(TreeAttentionPackedParams p, int workers) {
   DENDRITE_SHARED_MEMORY(char, smem);
   grid_dependency_launch();

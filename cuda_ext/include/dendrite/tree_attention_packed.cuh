@@ -49,7 +49,7 @@ struct PackedReader {
       const char* cell = entry_cell(p, entry, head);
       const PackedVector& side = is_key ? layer.k : layer.v;
       const char* scale = cell + (is_key ? layer.k_scales() : layer.v_scales()) + r * side.scales;
-      scales[stage * 2 * kSlots + i] = r < entry.len ? token_scale(side.codec, scale) : 0.f;
+      scales[stage * 2 * kSlots + i] = r < entry.len ? operand_scale<T>(side.codec, scale) : 0.f;
     }
   }
 

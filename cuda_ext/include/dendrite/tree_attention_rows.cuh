@@ -6,8 +6,10 @@
 
 namespace dendrite {
 
-// A maximum is updated where the weights that a lane has of an entry add up to more.
-constexpr float kLargeWeight = 256.f;
+// A maximum is updated where the weights that a lane has of an entry add up to more. With scales of
+// packed values they have to stay within the range of T.
+template <class T>
+constexpr float kLargeWeight = std::is_same_v<T, half_t> ? 16.f : 256.f;
 // The maximum of a row that saw nothing: a weight in units of it is too large whatever the score.
 constexpr float kNoMaximum = -1e30f;
 
@@ -145,7 +147,7 @@ class AttentionRows {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float w[4];
-        bool grows = weights(scale_log2, s[mt], j, half, m[mt][half], w) > kLargeWeight;
+        bool grows = weights(scale_log2, s[mt], j, half, m[mt][half], w) > kLargeWeight<T>;
         if (!any_sync(grows)) continue;
         grows = any_in_quad(grows);
         const float largest = quad_max(top(s[mt], j, half));
@@ -202,7 +204,7 @@ class AttentionRows {
           if (j < first || j >= last) continue;
           float w[4];
           const float sum = weights(scale_log2, s[mt], j, half, m[mt][half], w);
-          grows |= sum > kLargeWeight;
+          grows |= sum > kLargeWeight<T>;
           sums[mt][half] += sum;
 #pragma unroll
           for (int c = 0; c < 4; ++c) s[mt][2 * j + c / 2][half * 2 + c % 2] = w[c];
