@@ -9,6 +9,7 @@
 #include "dendrite/tree_attention_tma.cuh"
 
 #include "dendrite/tree_attention_converter.cuh"
+#include "dendrite/tree_attention_few_bulk.cuh"
 #endif
 
 namespace dendrite {
@@ -44,7 +45,11 @@ template <class T, int kDim, int kTiles>
 PackedAttentionKernel packed_few_kernel(int cell_bytes) {
   PackedAttentionKernel kernel{nullptr, merge_partials_kernel<T, 8 * kTiles, kDim>,
                                kFewWarps * kWarpSize, 0};
-  kernel.attend_few = tree_attention_few_kernel<T, kDim, kTiles>;
+  kernel.attend_few = tree_attention_few_kernel<T, kDim, kTiles, CopiedCells>;
+#ifndef DENDRITE_EMULATE
+  if (has_warpgroup_products())
+    kernel.attend_few = tree_attention_few_kernel<T, kDim, kTiles, BulkCells>;
+#endif
   for (const int cells : {kManyCells, kLeastCells}) {
     kernel.shared_bytes = kFewWarps * cells * few_stride(cell_bytes);
     kernel.cell_tiles = cells;

@@ -227,8 +227,9 @@ tree_attention_packed_tma_kernel(const __grid_constant__ TreeAttentionPackedPara
   using Shared = AttentionSharedPacked<kDim, kGroups>;
   constexpr int kConsumers = 128 * kGroups;
   // Registers of a converting and of a computing thread; without spills in either.
-  constexpr int kRest = kDim == 64 ? 64 : kGroups == 1 ? 72 : 96;
-  constexpr int kMost = kDim == 64 ? (kGroups == 1 ? 192 : 224) : kGroups == 1 ? 184 : 208;
+  constexpr int kRest = kDim == 64 ? 64 : kGroups == 1 ? 72 : 88;
+  constexpr int kMost = kDim == 64 ? (kGroups == 1 ? 192 : 216) : kGroups == 1 ? 184 : 208;
+  static_assert(kRegistersSuffice<kGroups, kRest, kMost>);
   DENDRITE_SHARED_MEMORY(char, memory);
   const Shared shared{kept((shared_address(memory) + 1023) / 1024 * 1024)};
   grid_dependency_launch();

@@ -20,17 +20,54 @@
 
 namespace dendrite {
 
-constexpr int kFewWarps = 4;   // of a block
-// Blocks of a multiprocessor, if their rings fit: what registers allow.
-constexpr int few_blocks(int dim, int tiles) { return dim == 128 && tiles == 2 ? 2 : 4; }
-constexpr int kManyCells = 6, kLeastCells = 3;  // of a ring: the first number that leaves room for them
-constexpr int kFewBytes = 56 * 1024;       // of a block's rings then, and
-constexpr int kMostFewBytes = 99 * 1024;   // at most: less for every device that there is
+constexpr int kFewWarps = 4;  // of a block
+constexpr int kManyCells = 6, kLeastCells = 3;  // of a ring: the first number that leaves room
+constexpr int kFewBytes = 56 * 1024;      // of a block's rings then, and
+constexpr int kMostFewBytes = 99 * 1024;  // at most: less for every device that there is
 
-// Bytes of a cell in the ring, with its entry.
-DENDRITE_HOST_DEVICE int few_stride(int cell_bytes) { return cell_bytes + int(sizeof(WorkEntry)); }
+// A place of a ring: the entry, 16 bytes for a barrier, the cell.
+constexpr int kCellAt = 2 * int(sizeof(WorkEntry));
+DENDRITE_HOST_DEVICE int few_stride(int cell_bytes) { return cell_bytes + kCellAt; }
 
-template <class T, int kDim, int kTiles>
+// A warp's ring, whose lanes copy together.
+class CopiedCells {
+ public:
+  // Of a multiprocessor, if their rings fit: what registers allow.
+  static constexpr int blocks(int dim, int tiles) { return dim == 64 ? 4 : tiles == 1 ? 3 : 2; }
+
+  DENDRITE_DEVICE CopiedCells(char* ring, int cell_bytes, int cells)
+      : ring_(ring), cell_bytes_(cell_bytes), cells_(cells) {}
+
+  DENDRITE_DEVICE char* at(int place) const { return ring_ + place * few_stride(cell_bytes_); }
+
+  // Asks for an entry and its cell, or for nothing: every call counts in wait().
+  DENDRITE_DEVICE void load(int place, const int32_t* entry, const char* cell, bool wanted) const {
+    if (wanted) {
+      const int lane = threadIdx.x % kWarpSize;
+      char* to = at(place);
+      if (lane == kWarpSize - 1) cp_async_16(to, entry, 16);
+      for (int part = 16 * lane; part < cell_bytes_; part += 16 * kWarpSize)
+        cp_async_16(to + kCellAt + part, cell + part, 16);
+    }
+    cp_async_commit();
+  }
+
+  // For what was asked for as many calls ago as there are cells.
+  DENDRITE_DEVICE void wait(int, int) const {
+    if (cells_ == kManyCells)
+      cp_async_wait<kManyCells - 1>();
+    else
+      cp_async_wait<kLeastCells - 1>();
+    sync_warp();
+  }
+
+ private:
+  char* const ring_;
+  const int cell_bytes_, cells_;
+};
+
+// `Cells`: CopiedCells, or BulkCells of tree_attention_few_bulk.cuh.
+template <class T, int kDim, int kTiles, class Cells>
 class FewQueriesWarp {
   static constexpr int kKeyChunks = kDim / 32;    // of 8 values, of a slot's keys in a lane
   static constexpr int kValueChunks = kDim / 64;  // of its values
@@ -39,7 +76,8 @@ class FewQueriesWarp {
 
  public:
   DENDRITE_DEVICE FewQueriesWarp(const TreeAttentionPackedParams& p, char* ring)
-      : p_(p), ring_(ring), stride_(few_stride(p.cell_bytes)) {}
+      : p_(p), cells_(ring, p.cell_bytes, p.cell_tiles),
+        pages_(p.layer.data + p.layer.at + int64_t(head()) * p.cell_bytes) {}
 
   // Takes one segment; returns the worker's next one, or -1.
   DENDRITE_DEVICE int run(int index) {
@@ -48,14 +86,16 @@ class FewQueriesWarp {
     start(segment);
     slots_ = slots_from(lane());
     next_slots_ = slots_from(32 + lane());
-    for (int i = 0; i < p_.cell_tiles; ++i) load(i, i);
-    for (int i = 0, place = 0; i < count_; ++i) {
-      wait();
+    for (int i = 0; i < p_.cell_tiles; ++i) load(i, next_place(i));
+    for (int i = 0; i < count_; ++i) {
+      cells_.wait(place_, parity_);
+      attend(cells_.at(place_));
       sync_warp();
-      attend(ring_ + place * stride_);
-      sync_warp();
-      load(i + p_.cell_tiles, place);
-      if (++place == p_.cell_tiles) place = 0;
+      load(i + p_.cell_tiles, place_);
+      if (++place_ == p_.cell_tiles) {
+        place_ = 0;
+        parity_ ^= 1;
+      }
     }
     cp_async_wait<0>();
     finish(segment);
@@ -76,30 +116,23 @@ class FewQueriesWarp {
     return index < count_ ? p_.work[entries_ + 4 * index] : 0;
   }
 
-  // Entry i of the segment, and its cell, into a place of the ring.
-  DENDRITE_DEVICE void load(int i, int place) {
-    if (i < count_) {
-      if (i % 32 == 0 && i > 0) {
-        slots_ = next_slots_;
-        next_slots_ = slots_from(i + 32 + lane());
-      }
-      WorkEntry entry{};
-      entry.slot = shfl(slots_, i % 32);
-      const char* from = entry_cell(p_, entry, head());
-      char* to = ring_ + place * stride_;
-      if (lane() == 31) cp_async_16(to, p_.work + entries_ + 4 * i, 16);
-      for (int at = 16 * lane(); at < p_.cell_bytes; at += 16 * kWarpSize)
-        cp_async_16(to + sizeof(WorkEntry) + at, from + at, 16);
-    }
-    cp_async_commit();
+  // The place behind the next one by i.
+  DENDRITE_DEVICE int next_place(int i) const {
+    const int place = place_ + i;
+    return place < p_.cell_tiles ? place : place - p_.cell_tiles;
   }
 
-  // For the oldest cell of the ring.
-  DENDRITE_DEVICE void wait() const {
-    if (p_.cell_tiles == kManyCells)
-      cp_async_wait<kManyCells - 1>();
-    else
-      cp_async_wait<kLeastCells - 1>();
+  // Entry i of the segment, and its cell, into a place of the ring.
+  DENDRITE_DEVICE void load(int i, int place) {
+    const bool wanted = i < count_;
+    if (wanted && i % 32 == 0 && i > 0) {
+      slots_ = next_slots_;
+      next_slots_ = slots_from(i + 32 + lane());
+    }
+    const int slot = shfl(slots_, i % 32), page = slot >> p_.page_shift;
+    const int unit = (slot - (page << p_.page_shift)) / kCellSlots;
+    const char* cell = pages_ + page * p_.layer.page_bytes + unit * (p_.kv_heads * p_.cell_bytes);
+    cells_.load(place, p_.work + entries_ + 4 * i, cell, wanted);
   }
 
   // ---- rows
@@ -147,13 +180,14 @@ class FewQueriesWarp {
   DENDRITE_DEVICE void attend(const char* place) {
     const WorkEntry entry = *reinterpret_cast<const WorkEntry*>(place);
     if (entry.len == 0) return;  // padding
-    const char* cell = place + sizeof(WorkEntry);
+    const char* cell = place + kCellAt;
     const PackedLayer& layer = p_.layer;
-    Scores s;
-    with_codec(layer.k.codec, [&](auto codec) { scores<codec.value>(cell, s); });
-    scale_scores(cell + layer.k_scales(), s);
+    Scores s, w;
+    with_codec(layer.k.codec, [&](auto codec) {
+      scores<codec.value>(cell, s);
+      scale_scores<codec.value>(cell + layer.k_scales(), s);
+    });
     mask(entry, s);
-    Scores w;
     float sums[kTiles][2];
     if (any_sync(weigh(s, w, sums))) {
       grow(s, sums);
@@ -164,9 +198,9 @@ class FewQueriesWarp {
       l_[tile][0] += sums[tile][0];
       l_[tile][1] += sums[tile][1];
     }
-    uint32_t b[kTiles][2];
-    pack(cell + layer.v_scales(), w, b);
     with_codec(layer.v.codec, [&](auto codec) {
+      uint32_t b[kTiles][2];
+      pack<codec.value>(cell + layer.v_scales(), w, b);
       accumulate<codec.value>(cell + layer.v_codes(), cell + layer.v_scales(), b);
     });
   }
@@ -206,13 +240,19 @@ class FewQueriesWarp {
     }
   }
 
+  // The scale of slot g + 8 * half; `scales` those of the cell.
+  template <int kCodec>
+  static DENDRITE_DEVICE float slot_scale(const char* scales, int half) {
+    constexpr int kBytes = kScaleBytes[kCodec];
+    return operand_scale<T>(kCodec, scales + (g() + 8 * half) * kBytes);
+  }
+
   // Into log2 units.
+  template <int kCodec>
   DENDRITE_DEVICE void scale_scores(const char* scales, Scores& s) const {
-    const PackedVector& side = p_.layer.k;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor =
-          p_.scale_log2 * operand_scale<T>(side.codec, scales + (g() + 8 * half) * side.scales);
+      const float factor = p_.scale_log2 * slot_scale<kCodec>(scales, half);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         s[tile][2 * half] *= factor;
@@ -224,16 +264,22 @@ class FewQueriesWarp {
   // Hides what rows may not see.
   DENDRITE_DEVICE void mask(const WorkEntry& entry, Scores& s) const {
     const int begin = first_reader(entry) * p_.group, end = end_of_readers(entry) * p_.group;
-    if (begin == 0 && end >= num_queries_ && entry.len == kUnit &&
-        entry.pos + kUnit - 1 <= low_position_ &&
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int i = query(tile, c);
+        if (i < begin || i >= end) s[tile][c] = s[tile][2 + c] = kMinusInf;
+      }
+    }
+    if (entry.len == kUnit && entry.pos + kUnit - 1 <= low_position_ &&
         (p_.window == 0 || entry.pos > high_position_ - p_.window))
       return;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int i = query(tile, c), seen = position_[tile][c] - entry.pos;
-        const int stop = i >= begin && i < end ? min(entry.len, seen + 1) : 0;
+        const int seen = position_[tile][c] - entry.pos, stop = min(entry.len, seen + 1);
         const int from = p_.window > 0 ? seen - p_.window + 1 : 0;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -284,11 +330,11 @@ class FewQueriesWarp {
   }
 
   // Weights times the scales of the values, as right operands.
+  template <int kCodec>
   DENDRITE_DEVICE void pack(const char* scales, const Scores& w, uint32_t (&b)[kTiles][2]) const {
-    const PackedVector& side = p_.layer.v;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor = operand_scale<T>(side.codec, scales + (g() + 8 * half) * side.scales);
+      const float factor = slot_scale<kCodec>(scales, half);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
         b[tile][half] = transpose_8x8(
@@ -384,8 +430,9 @@ class FewQueriesWarp {
   }
 
   const TreeAttentionPackedParams& p_;
-  char* const ring_;
-  const int stride_;
+  const Cells cells_;
+  const char* const pages_;  // the head's first cell of page 0
+  int place_ = 0, parity_ = 0;  // of the ring; how often it was gone round
   int count_, entries_, num_queries_;
   int slots_, next_slots_;  // of 32 entries each, a lane one; see load()
   int low_position_, high_position_;
@@ -395,14 +442,15 @@ class FewQueriesWarp {
   float o_[kTiles][kProducts][4];
 };
 
-template <class T, int kDim, int kTiles>
-DENDRITE_KERNEL __launch_bounds__(kFewWarps * 32, few_blocks(kDim, kTiles))
+template <class T, int kDim, int kTiles, class Cells>
+DENDRITE_KERNEL __launch_bounds__(kFewWarps * 32, Cells::blocks(kDim, kTiles))
 tree_attention_few_kernel(TreeAttentionPackedParams p, int workers) {
   DENDRITE_SHARED_MEMORY(char, smem);
   grid_dependency_launch();
   grid_dependency_wait();
   const int warp = shfl(threadIdx.x / kWarpSize, 0);
-  FewQueriesWarp<T, kDim, kTiles> few(p, smem + warp * p.cell_tiles * few_stride(p.cell_bytes));
+  FewQueriesWarp<T, kDim, kTiles, Cells> few(
+      p, smem + warp * p.cell_tiles * few_stride(p.cell_bytes));
   const int first = blockIdx.x * kFewWarps + warp;
   for (int index = first < workers ? first : -1; index >= 0;) index = few.run(index);
 }

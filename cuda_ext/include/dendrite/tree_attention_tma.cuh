@@ -266,7 +266,9 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
     if (segment.count > 0)
       AttentionProducer<kDim, kGroups>(p, shared, &keys, &values).run(segment);
   } else {
-    take_registers<kGroups == 1 ? 200 : 224>();
+    constexpr int kMost = kGroups == 1 ? 200 : 224;
+    static_assert(kRegistersSuffice<kGroups, 56, kMost>);
+    take_registers<kMost>();
     AttentionConsumer<T, kDim, kGroups> consumer(p, shared);
     consumer.begin(segment);
     grid_dependency_wait();

@@ -101,6 +101,14 @@ using AttentionSharedTma =
     AttentionStages<kDim, kGroups,
                     entries_of_tile(kDim, kGroups) == 8 ? 6 : kDim == 128 ? 3 * kGroups : 6, false>;
 
+// What a thread of kGroups + 1 warpgroups starts with.
+template <int kGroups>
+constexpr int kFirstRegisters = 65536 / (128 * (kGroups + 1) * (kGroups == 1 ? 2 : 1)) / 8 * 8;
+// Whether kGroups of them can have kMost registers a thread and one kRest: what all started with has to
+// do, or they wait for registers for ever.
+template <int kGroups, int kRest, int kMost>
+constexpr bool kRegistersSuffice = kRest + kGroups * kMost <= (kGroups + 1) * kFirstRegisters<kGroups>;
+
 DENDRITE_DEVICE WorkEntry work_entry(const uint4& words) {
   return {int32_t(words.x), int32_t(words.y), words.z, int32_t(words.w)};
 }
@@ -113,28 +121,28 @@ DENDRITE_DEVICE WorkSegment whole_segment(const TreeAttentionParams& p, int inde
           int32_t(b.x), int32_t(b.y), int32_t(b.z), int32_t(b.w)};
 }
 
-  // A TileSummary, in all lanes that hold the tile's entries.
-  template <int kTile, int kGroups>
+// A TileSummary, in all lanes that hold the tile's entries.
+template <int kTile, int kGroups>
 DENDRITE_DEVICE uint4 summarise(const TreeAttentionParams& p, const WorkEntry& entry,
                                 const WorkSegment& segment) {
-    int begin = first_reader(entry) * p.group, end = end_of_readers(entry) * p.group;
-    int low = entry.pos, high = entry.len == kUnit ? entry.pos + kUnit - 1 : 0x7fffffff;
-    int readers = 0;
+  int begin = first_reader(entry) * p.group, end = end_of_readers(entry) * p.group;
+  int low = entry.pos, high = entry.len == kUnit ? entry.pos + kUnit - 1 : 0x7fffffff;
+  int readers = 0;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const int limit = min(64 * (g + 1), segment.num_rows * p.group);
-      if (entry.len > 0 && begin < limit && end > 64 * g) readers |= 1 << g;
-    }
-#pragma unroll
-    for (int mask = 1; mask < kTile; mask *= 2) {
-      begin = max(begin, shfl_xor(begin, mask));
-      end = min(end, shfl_xor(end, mask));
-      low = min(low, shfl_xor(low, mask));
-      high = max(high, shfl_xor(high, mask));
-      readers |= shfl_xor(readers, mask);
-    }
-    return make_uint4(uint32_t(begin | readers << TileSummary::kReadersAt), uint32_t(end),
-                      uint32_t(low), uint32_t(high));
+  for (int g = 0; g < kGroups; ++g) {
+    const int limit = min(64 * (g + 1), segment.num_rows * p.group);
+    if (entry.len > 0 && begin < limit && end > 64 * g) readers |= 1 << g;
   }
+#pragma unroll
+  for (int mask = 1; mask < kTile; mask *= 2) {
+    begin = max(begin, shfl_xor(begin, mask));
+    end = min(end, shfl_xor(end, mask));
+    low = min(low, shfl_xor(low, mask));
+    high = max(high, shfl_xor(high, mask));
+    readers |= shfl_xor(readers, mask);
+  }
+  return make_uint4(uint32_t(begin | readers << TileSummary::kReadersAt), uint32_t(end),
+                    uint32_t(low), uint32_t(high));
+}
 
 }  // namespace dendrite

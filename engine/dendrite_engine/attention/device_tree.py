@@ -24,7 +24,7 @@ _MAX_READS = {64: 1.95, 96: 1.1, 128: 1.1}  # by head_dim
 _FEW_READS = {64: 24576}
 # The kernel for few queries a page takes packed pages in cells of up to so many bytes, and is taken
 # where its tiles read at most so many times as much as those of 64 queries.
-_FEW_HEAD_DIMS, _FEW_CELL_BYTES, _MAX_FEW_READS = (64, 128), 8432, 1.5
+_FEW_HEAD_DIMS, _FEW_CELL_BYTES, _MAX_FEW_READS = (64, 128), 8416, 1.5
 # With cuts at fixed positions there are too few pieces for twice as many blocks.
 _MAX_READS_AT_FIXED_CUTS, _FEW_READS_AT_FIXED_CUTS = 1.1, 0
 
