@@ -78,9 +78,10 @@ def test_where_there_is_one_way_there_is_one_variant(changes):
 
 @pytest.mark.parametrize("heads", [8, 32, 64, 128])
 def test_packed_pages_of_few_queries_have_a_kernel_of_their_own(heads):
-    for tree in ("64; 512", "1; 4096", "1,64; 16,512"):
+    for tree in ("64; 1024", "1; 65536", "1,64; 16,1024"):
         assert chosen(tree, num_heads=heads, cell_bytes=4160) == 2, tree
-    assert chosen(SHARED, num_heads=heads, cell_bytes=4160) in (0, 1)
+    for tree in (SHARED, "1; 4096"):
+        assert chosen(tree, num_heads=heads, cell_bytes=4160) in (0, 1), tree
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_packed_pages_of_few_queries_have_a_kernel_of_their_own(heads):
     ],
 )
 def test_what_that_kernel_does_not_take_goes_to_the_others(changes):
-    assert chosen("64; 512", **{"cell_bytes": 4160, **changes}) in (0, 1)
+    assert chosen("64; 1024", **{"cell_bytes": 4160, **changes}) in (0, 1)
 
 
 def attended(tree: str, variant: int, monkeypatch) -> torch.Tensor:

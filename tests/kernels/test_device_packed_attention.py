@@ -337,7 +337,7 @@ def test_no_rows_is_no_work(attend):
 def test_what_has_no_kernel_is_refused_by_name(kernel):
     with pytest.raises(RuntimeError, match="tree_attention_packed: q has head_dim 80"):
         kernel(Tree.make(tree(1, dim=80), "fp8_e4m3"))
-    with pytest.raises(RuntimeError, match="tree_attention_packed: k_codec is mxfp8, .* got 96"):
+    with pytest.raises(RuntimeError, match=r"tree_attention_packed: k_codec is mxfp8, .* got 96"):
         kernel(Tree.make(tree(1, dim=96), "mxfp8"))
     packed = Tree.make(tree(1), "tq4")
     for dtype, tile in ((torch.float32, 8), (torch.bfloat16, 32)):

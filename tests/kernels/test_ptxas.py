@@ -46,17 +46,14 @@ def report() -> list[Kernel]:
     return parse(library.with_suffix(".ptxas.txt").read_text("utf-8"))
 
 
-# One loop variable of the warps that make numbers out of codes: stored and read once a tile, where
-# heads of 128 and tiles of 64 queries leave them 72 registers.
-KNOWN = {"32tree_attention_packed_tma_kernel": ("Li128ELi1E", 20)}
+# One loop variable of the warps that make numbers out of codes, stored and read once a tile: what a
+# block starts with leaves them 64 to 88 registers.
+KNOWN = {"32tree_attention_packed_tma_kernel": 20}
 
 
 def allowed(kernel: Kernel) -> int:
     """Bytes that a kernel may spill."""
-    for name, (form, most) in KNOWN.items():
-        if name in kernel.name and form in kernel.name:
-            return most
-    return 0
+    return max((most for name, most in KNOWN.items() if name in kernel.name), default=0)
 
 
 def test_no_kernel_spills_registers_but_one_that_is_known():

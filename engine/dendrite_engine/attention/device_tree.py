@@ -22,9 +22,11 @@ _MAX_READS = {64: 1.95, 96: 1.1, 128: 1.1}  # by head_dim
 # Pages read by tiles of 128, times kv heads, up to which heads of 64 take tiles of 64 queries in a
 # captured pass whatever the tree: two blocks on a multiprocessor hide each other's start.
 _FEW_READS = {64: 24576}
-# The kernel for few queries a page takes packed pages in cells of up to so many bytes, and is taken
-# where its tiles read at most so many times as much as those of 64 queries.
-_FEW_HEAD_DIMS, _FEW_CELL_BYTES, _MAX_FEW_READS = (64, 128), 8416, 1.5
+# The kernel for few queries a page takes packed pages in cells of up to so many bytes. It is taken
+# where its tiles read at most so many times as much as those of 64 queries, and where that, times
+# kv heads, gives its many workers enough to do. From runs on an H100.
+_FEW_HEAD_DIMS, _FEW_CELL_BYTES = (64, 128), 8416
+_MAX_FEW_READS, _LEAST_FEW_READS = 2.0, 16384
 # With cuts at fixed positions there are too few pieces for twice as many blocks.
 _MAX_READS_AT_FIXED_CUTS, _FEW_READS_AT_FIXED_CUTS = 1.1, 0
 
@@ -98,12 +100,14 @@ class DeviceTreeAttention(DeviceAttention):
 
         Two tiles of 64 queries run side by side where one of 128 does, and a page of few rows
         occupies half as much; but pages that many rows share are read by twice as many tiles.
-        A row's bits are the same either way: its operations are those of the entries it reads.
+        A row's bits are the same with either of these: its operations are those of the entries it
+        reads. Not so with the kernel for few queries, see `_few_tile`.
         """
         nodes = plan.node_row_begin, plan.node_row_end, plan.node_page_indptr
         if self._few:
             few, narrow = (self._reads(*nodes, tile // self._group) for tile in (self._few, 64))
-            if few <= _MAX_FEW_READS * narrow:
+            enough = few * self._setup.num_kv_heads >= _LEAST_FEW_READS
+            if enough and few <= _MAX_FEW_READS * narrow:
                 return _FEW
         if not self._max_reads or self._tile(rows) == 64:
             return 0
