@@ -153,8 +153,9 @@ def _attention(
 ) -> DeviceAttention:
     """The backend that was asked for, or the next best with the reason."""
     config, model = request.config, request.model_config
-    packed = isinstance(page_format, DevicePackedFormat)
-    cell_bytes = page_format.cell_bytes(_page_unit(request)) if packed else 0
+    cell_bytes = 0
+    if isinstance(page_format, DevicePackedFormat):
+        cell_bytes = page_format.cell_bytes(_page_unit(request))
     setup = AttentionSetup(
         ops=request.choice.ops,
         device=request.choice.device,
