@@ -33,6 +33,7 @@ inline void set_device(int num_multiprocessors, int max_blocks_per_multiprocesso
 inline void check_cuda(cudaError_t, const std::string&) {}
 
 inline int num_multiprocessors() { return emulator::multiprocessors; }
+inline int most_shared_bytes() { return int(emulator::kMaxSharedBytes); }
 
 template <class... Parameters>
 int max_blocks_per_multiprocessor(void (*)(Parameters...), int, size_t) {

@@ -149,13 +149,15 @@ void tree_attention_packed(const Tensor& q, const Tensor& data, const Tensor& po
   launch_tree_attention_packed(params, shape, signs, rows, int(workers), call.stream());
 }
 
-int64_t workers_that_fill(const Tensor& like, int64_t head_dim, int64_t kv_heads, int64_t q_tile) {
+int64_t workers_that_fill(const Tensor& like, int64_t head_dim, int64_t kv_heads, int64_t q_tile,
+                          int64_t cell_bytes) {
   Call call("tree_attention_packed_workers");
   const Argument type = call.floats("like", like, {kAny}, false);
   const TreeAttentionShape shape{type.dtype(), int(head_dim), int(q_tile)};
   check_packed_shape(call, shape);
   call.require(kv_heads > 0, "kv_heads", "must be at least 1, got ", kv_heads);
-  return tree_attention_packed_workers(shape, int(kv_heads));
+  call.require(cell_bytes > 0, "cell_bytes", "must be at least 1, got ", cell_bytes);
+  return tree_attention_packed_workers(shape, int(kv_heads), int(cell_bytes));
 }
 
 void copy_packed(const Tensor& data, const Tensor& copies, const Tensor& count) {

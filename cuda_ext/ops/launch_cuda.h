@@ -48,6 +48,19 @@ inline int num_multiprocessors() {
   return count;
 }
 
+// Dynamic shared memory that a block on the current device can have.
+inline int most_shared_bytes() {
+  static std::mutex lock;
+  static std::map<int, int> known;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> guard(lock);
+  int& bytes = known[device];
+  if (bytes == 0)
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "shared memory of a block");
+  return bytes;
+}
+
 // Whether the current device is of the generation that has warpgroup products (wgmma, sm_90a).
 inline bool has_warpgroup_products() {
   static std::mutex lock;

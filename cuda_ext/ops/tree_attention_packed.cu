@@ -31,11 +31,13 @@ bool tree_attention_packed_takes(const TreeAttentionShape& shape) {
 }
 
 bool tree_attention_packed_holds(const TreeAttentionShape& shape, int cell_bytes) {
-  return !is_few(shape) || find(shape, cell_bytes).shared_bytes <= kMostFewBytes;
+  return !is_few(shape) || find(shape, cell_bytes).shared_bytes <= most_shared_bytes();
 }
 
-int tree_attention_packed_workers(const TreeAttentionShape& shape, int kv_heads) {
-  return std::max(1, num_multiprocessors() * max_blocks(find(shape, 1)) / kv_heads);
+int tree_attention_packed_workers(const TreeAttentionShape& shape, int kv_heads, int cell_bytes) {
+  if (!tree_attention_packed_holds(shape, cell_bytes)) return 0;
+  const int blocks = max_blocks(find(shape, is_few(shape) ? cell_bytes : 1));
+  return std::max(1, num_multiprocessors() * blocks / kv_heads);
 }
 
 void launch_tree_attention_packed(const TreeAttentionPackedParams& params,

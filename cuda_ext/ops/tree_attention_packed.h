@@ -14,8 +14,8 @@ bool tree_attention_packed_takes(const TreeAttentionShape& shape);
 // Whether it holds cells of so many bytes.
 bool tree_attention_packed_holds(const TreeAttentionShape& shape, int cell_bytes);
 
-// As tree_attention_workers.
-int tree_attention_packed_workers(const TreeAttentionShape& shape, int kv_heads);
+// As tree_attention_workers; 0 where it does not.
+int tree_attention_packed_workers(const TreeAttentionShape& shape, int kv_heads, int cell_bytes);
 
 // Three launches at most: the work list, the merge of partial results, and with `v_signs` ([kv_heads,
 // head_dim] of the rotation of values) the way back out of their basis.

@@ -50,9 +50,9 @@ PackedAttentionKernel packed_few_kernel(int cell_bytes) {
   if (has_warpgroup_products())
     kernel.attend_few = tree_attention_few_kernel<T, kDim, kTiles, BulkCells>;
 #endif
-  for (const int cells : {kManyCells, kLeastCells}) {
-    kernel.shared_bytes = kFewWarps * cells * few_stride(cell_bytes);
-    kernel.cell_tiles = cells;
+  for (const int pairs : {kManyPairs, kLeastPairs}) {
+    kernel.shared_bytes = kFewWarps * pairs * few_stride(cell_bytes);
+    kernel.cell_tiles = pairs;
     if (kernel.shared_bytes <= kFewBytes) break;
   }
   return kernel;

@@ -91,7 +91,6 @@ def test_packed_pages_of_few_queries_have_a_kernel_of_their_own(heads):
         {"head_dim": 256},
         {"head_dim": 96},
         {"num_heads": 8 * 17},
-        {"cell_bytes": 8432},
         {"cell_bytes": 0},
         {"deterministic": True},
     ],

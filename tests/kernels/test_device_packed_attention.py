@@ -94,7 +94,7 @@ def branches(prefix: int, count: int, **options) -> TreeCase:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", NAMES + PAIRS)
 def test_random_trees_match_dense_attention_on_decoded_pages(attend, name, dim, cut):
-    if "fp32" in name and dim == 128 and cut is FEW:
+    if name == "fp32" and dim == 128 and cut is FEW:
         name = "fp16"  # those cells are too large for that kernel, which says so; see below
     attend.check(tree(dim, dim), name, cut)
 
@@ -266,20 +266,6 @@ def test_a_row_has_the_same_bits_in_any_company_at_fixed_cuts(kernel, name, shap
         assert torch.equal(run(EXACT, plan=plan, q=q)[0], together[row]), "alone"
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "tq4"])
-def test_few_queries_have_the_same_bits_in_any_company_too(kernel, name):
-    """Not those of the other kernels: the deterministic mode does not take this one."""
-    packed = Tree.make(DETERMINISTIC["branches"](64), name)
-    query = packed.query(torch.bfloat16)
-    exact = Cut(8, 5, True)
-    together = kernel(packed, exact, dtype=torch.bfloat16, q=query)
-    assert torch.equal(kernel(packed, Cut(16, 7, True), dtype=torch.bfloat16, q=query), together)
-    for row in range(0, len(query), 7):
-        plan, q = packed.case.plan.only_row(row), query[row : row + 1]
-        alone = kernel(packed, exact, dtype=torch.bfloat16, plan=plan, q=q)
-        assert torch.equal(alone[0], together[row])
-
-
 def test_cuts_by_load_do_change_bits(kernel):
     """The comparison above means something: other cuts give other roundings."""
     packed = Tree.make(DETERMINISTIC["branches"](64), "tq4")
@@ -343,7 +329,7 @@ def test_what_has_no_kernel_is_refused_by_name(kernel):
     for dtype, tile in ((torch.float32, 8), (torch.bfloat16, 32)):
         with pytest.raises(RuntimeError, match=f"q has head_dim 64 and q_tile is {tile}"):
             kernel(packed, Cut(tile), dtype=dtype)
-    with pytest.raises(RuntimeError, match="q_tile is 8, whose kernel has no room for cells of 16"):
+    with pytest.raises(RuntimeError, match="q_tile is 8, whose kernel has no room for cells of 16384"):
         kernel(Tree.make(tree(1, dim=128), "fp32"), FEW, dtype=torch.bfloat16)
     object.__setattr__(packed.sides[1], "signs", None)
     with pytest.raises(RuntimeError, match="tree_attention_packed: v_signs"):

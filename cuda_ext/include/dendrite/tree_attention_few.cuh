@@ -12,8 +12,9 @@
 //            [g * D / 8, (g + 1) * D / 8) of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, and of the
 //            output for queries 2 t and 2 t + 1
 //
-// with g = lane / 4 and t = lane % 4. Softmax is that of tree_attention_rows.cuh, entry by entry: a
-// row's result does not depend on the rows beside it here either.
+// with g = lane / 4 and t = lane % 4. Entries are taken two at a time. Softmax is that of
+// tree_attention_rows.cuh for such a pair; how entries are paired depends on the rows beside a row, and
+// with it the last bits of its result.
 #pragma once
 
 #include "tree_attention_packed.cuh"
@@ -21,49 +22,55 @@
 namespace dendrite {
 
 constexpr int kFewWarps = 4;  // of a block
-constexpr int kManyCells = 6, kLeastCells = 3;  // of a ring: the first number that leaves room
-constexpr int kFewBytes = 56 * 1024;      // of a block's rings then, and
-constexpr int kMostFewBytes = 99 * 1024;  // at most: less for every device that there is
+constexpr int kManyPairs = 3, kLeastPairs = 2;  // of a ring: the first number that leaves room
+constexpr int kFewBytes = 56 * 1024;            // of a block's rings for others beside it
 
-// A place of a ring: the entry, 16 bytes for a barrier, the cell.
-constexpr int kCellAt = 2 * int(sizeof(WorkEntry));
-DENDRITE_HOST_DEVICE int few_stride(int cell_bytes) { return cell_bytes + kCellAt; }
+// A place of a ring: two entries, 16 bytes for a barrier, their cells.
+constexpr int kPairBytes = 2 * int(sizeof(WorkEntry)), kCellsAt = kPairBytes + 16;
+DENDRITE_HOST_DEVICE int few_stride(int cell_bytes) { return 2 * cell_bytes + kCellsAt; }
 
 // A warp's ring, whose lanes copy together.
 class CopiedCells {
  public:
   // Of a multiprocessor, if their rings fit: what registers allow.
-  static constexpr int blocks(int dim, int tiles) { return dim == 64 ? 4 : tiles == 1 ? 3 : 2; }
+  static constexpr int blocks(int dim, int tiles) { return dim == 64 || tiles == 1 ? 3 : 2; }
+  static constexpr bool kHere = true;  // built for this architecture
 
-  DENDRITE_DEVICE CopiedCells(char* ring, int cell_bytes, int cells)
-      : ring_(ring), cell_bytes_(cell_bytes), cells_(cells) {}
+  DENDRITE_DEVICE CopiedCells(char* ring, int cell_bytes, int pairs)
+      : ring_(ring), cell_bytes_(cell_bytes), pairs_(pairs) {}
 
   DENDRITE_DEVICE char* at(int place) const { return ring_ + place * few_stride(cell_bytes_); }
 
-  // Asks for an entry and its cell, or for nothing: every call counts in wait().
-  DENDRITE_DEVICE void load(int place, const int32_t* entry, const char* cell, bool wanted) const {
+  // Asks for two entries and their cells, or for nothing: every call counts in wait().
+  DENDRITE_DEVICE void load(int place, const int32_t* entries, const char* first, const char* second,
+                            bool wanted) const {
     if (wanted) {
       const int lane = threadIdx.x % kWarpSize;
       char* to = at(place);
-      if (lane == kWarpSize - 1) cp_async_16(to, entry, 16);
-      for (int part = 16 * lane; part < cell_bytes_; part += 16 * kWarpSize)
-        cp_async_16(to + kCellAt + part, cell + part, 16);
+      if (lane >= kWarpSize - 2) {
+        const int i = lane - (kWarpSize - 2);
+        cp_async_16(to + i * sizeof(WorkEntry), entries + 4 * i, 16);
+      }
+      for (int part = 16 * lane; part < cell_bytes_; part += 16 * kWarpSize) {
+        cp_async_16(to + kCellsAt + part, first + part, 16);
+        cp_async_16(to + kCellsAt + cell_bytes_ + part, second + part, 16);
+      }
     }
     cp_async_commit();
   }
 
-  // For what was asked for as many calls ago as there are cells.
+  // For what was asked for as many calls ago as there are places.
   DENDRITE_DEVICE void wait(int, int) const {
-    if (cells_ == kManyCells)
-      cp_async_wait<kManyCells - 1>();
+    if (pairs_ == kManyPairs)
+      cp_async_wait<kManyPairs - 1>();
     else
-      cp_async_wait<kLeastCells - 1>();
+      cp_async_wait<kLeastPairs - 1>();
     sync_warp();
   }
 
  private:
   char* const ring_;
-  const int cell_bytes_, cells_;
+  const int cell_bytes_, pairs_;
 };
 
 // `Cells`: CopiedCells, or BulkCells of tree_attention_few_bulk.cuh.
@@ -86,12 +93,12 @@ class FewQueriesWarp {
     start(segment);
     slots_ = slots_from(lane());
     next_slots_ = slots_from(32 + lane());
-    for (int i = 0; i < p_.cell_tiles; ++i) load(i, next_place(i));
-    for (int i = 0; i < count_; ++i) {
+    for (int i = 0; i < p_.cell_tiles; ++i) load(2 * i, next_place(i));
+    for (int i = 0; i < count_; i += 2) {
       cells_.wait(place_, parity_);
       attend(cells_.at(place_));
       sync_warp();
-      load(i + p_.cell_tiles, place_);
+      load(i + 2 * p_.cell_tiles, place_);
       if (++place_ == p_.cell_tiles) {
         place_ = 0;
         parity_ ^= 1;
@@ -122,17 +129,22 @@ class FewQueriesWarp {
     return place < p_.cell_tiles ? place : place - p_.cell_tiles;
   }
 
-  // Entry i of the segment, and its cell, into a place of the ring.
+  DENDRITE_DEVICE const char* cell(int slot) const {
+    const int page = slot >> p_.page_shift;
+    const int unit = (slot - (page << p_.page_shift)) / kCellSlots;
+    return pages_ + page * p_.layer.page_bytes + unit * (p_.kv_heads * p_.cell_bytes);
+  }
+
+  // Entries i, which is even, and i + 1 of the segment with their cells into a place of the ring. Behind
+  // the last one there is padding.
   DENDRITE_DEVICE void load(int i, int place) {
     const bool wanted = i < count_;
     if (wanted && i % 32 == 0 && i > 0) {
       slots_ = next_slots_;
       next_slots_ = slots_from(i + 32 + lane());
     }
-    const int slot = shfl(slots_, i % 32), page = slot >> p_.page_shift;
-    const int unit = (slot - (page << p_.page_shift)) / kCellSlots;
-    const char* cell = pages_ + page * p_.layer.page_bytes + unit * (p_.kv_heads * p_.cell_bytes);
-    cells_.load(place, p_.work + entries_ + 4 * i, cell, wanted);
+    const int first = shfl(slots_, i % 32), second = shfl(slots_, i % 32 + 1);
+    cells_.load(place, p_.work + entries_ + 4 * i, cell(first), cell(second), wanted);
   }
 
   // ---- rows
@@ -178,16 +190,19 @@ class FewQueriesWarp {
   }
 
   DENDRITE_DEVICE void attend(const char* place) {
-    const WorkEntry entry = *reinterpret_cast<const WorkEntry*>(place);
-    if (entry.len == 0) return;  // padding
-    const char* cell = place + kCellAt;
+    const auto* entries = reinterpret_cast<const WorkEntry*>(place);
+    const char* const cells[2] = {place + kCellsAt, place + kCellsAt + p_.cell_bytes};
     const PackedLayer& layer = p_.layer;
-    Scores s, w;
+    Scores s[2], w[2];
     with_codec(layer.k.codec, [&](auto codec) {
-      scores<codec.value>(cell, s);
-      scale_scores<codec.value>(cell + layer.k_scales(), s);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        scores<codec.value>(cells[j], s[j]);
+        scale_scores<codec.value>(cells[j] + layer.k_scales(), s[j]);
+      }
     });
-    mask(entry, s);
+    mask(entries[0], s[0]);
+    mask(entries[1], s[1]);
     float sums[kTiles][2];
     if (any_sync(weigh(s, w, sums))) {
       grow(s, sums);
@@ -199,9 +214,13 @@ class FewQueriesWarp {
       l_[tile][1] += sums[tile][1];
     }
     with_codec(layer.v.codec, [&](auto codec) {
-      uint32_t b[kTiles][2];
-      pack<codec.value>(cell + layer.v_scales(), w, b);
-      accumulate<codec.value>(cell + layer.v_codes(), cell + layer.v_scales(), b);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const char* scales = cells[j] + layer.v_scales();
+        uint32_t b[kTiles][2];
+        pack<codec.value>(scales, w[j], b);
+        accumulate<codec.value>(cells[j] + layer.v_codes(), scales, b);
+      }
     });
   }
 
@@ -290,16 +309,19 @@ class FewQueriesWarp {
     }
   }
 
-  // Weights of scores, and this lane's sums of them; whether one of these is too large.
-  DENDRITE_DEVICE bool weigh(const Scores& s, Scores& w, float (&sums)[kTiles][2]) const {
+  // Weights of a pair's scores, and this lane's sums of them; whether one of these is too large.
+  DENDRITE_DEVICE bool weigh(const Scores (&s)[2], Scores (&w)[2], float (&sums)[kTiles][2]) const {
     bool grows = false;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) w[tile][i] = exp2_fast(s[tile][i] - m_[tile][i % 2]);
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[j][tile][i] = exp2_fast(s[j][tile][i] - m_[tile][i % 2]);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        sums[tile][c] = w[tile][c] + w[tile][2 + c];
+        sums[tile][c] =
+            (w[0][tile][c] + w[0][tile][2 + c]) + (w[1][tile][c] + w[1][tile][2 + c]);
         grows |= sums[tile][c] > kLargeWeight<T>;
       }
     }
@@ -307,13 +329,14 @@ class FewQueriesWarp {
   }
 
   // Brings the maxima of those queries up to the scores that have too large a sum in some lane.
-  DENDRITE_DEVICE void grow(const Scores& s, const float (&sums)[kTiles][2]) {
+  DENDRITE_DEVICE void grow(const Scores (&s)[2], const float (&sums)[kTiles][2]) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const bool grows = (ballot(sums[tile][c] > kLargeWeight<T>) & 0x11111111u << t()) != 0;
-        float largest = fmaxf(s[tile][c], s[tile][2 + c]);
+        float largest = fmaxf(fmaxf(s[0][tile][c], s[0][tile][2 + c]),
+                              fmaxf(s[1][tile][c], s[1][tile][2 + c]));
 #pragma unroll
         for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shfl_xor(largest, mask));
         const float to = grows ? largest : m_[tile][c];
@@ -445,14 +468,18 @@ class FewQueriesWarp {
 template <class T, int kDim, int kTiles, class Cells>
 DENDRITE_KERNEL __launch_bounds__(kFewWarps * 32, Cells::blocks(kDim, kTiles))
 tree_attention_few_kernel(TreeAttentionPackedParams p, int workers) {
-  DENDRITE_SHARED_MEMORY(char, smem);
-  grid_dependency_launch();
-  grid_dependency_wait();
-  const int warp = shfl(threadIdx.x / kWarpSize, 0);
-  FewQueriesWarp<T, kDim, kTiles, Cells> few(
-      p, smem + warp * p.cell_tiles * few_stride(p.cell_bytes));
-  const int first = blockIdx.x * kFewWarps + warp;
-  for (int index = first < workers ? first : -1; index >= 0;) index = few.run(index);
+  if constexpr (Cells::kHere) {
+    DENDRITE_SHARED_MEMORY(char, smem);
+    grid_dependency_launch();
+    grid_dependency_wait();
+    const int warp = shfl(threadIdx.x / kWarpSize, 0);
+    FewQueriesWarp<T, kDim, kTiles, Cells> few(
+        p, smem + warp * p.cell_tiles * few_stride(p.cell_bytes));
+    const int first = blockIdx.x * kFewWarps + warp;
+    for (int index = first < workers ? first : -1; index >= 0;) index = few.run(index);
+  } else {
+    Cells::stop();
+  }
 }
 
 }  // namespace dendrite

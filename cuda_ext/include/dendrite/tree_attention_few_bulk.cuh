@@ -1,4 +1,4 @@
-// The ring of tree_attention_few.cuh on Hopper: a lane asks for a cell in one bulk copy. Not in the
+// The ring of tree_attention_few.cuh on Hopper: a lane asks for cells by bulk copies. Not in the
 // emulator.
 #pragma once
 
@@ -9,24 +9,32 @@ namespace dendrite {
 
 class BulkCells {
  public:
-  static constexpr int blocks(int dim, int tiles) { return dim == 128 && tiles == 2 ? 2 : 4; }
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  static constexpr bool kHere = true;
+#else
+  static constexpr bool kHere = false;
+#endif
+  static constexpr int blocks(int dim, int tiles) { return tiles == 1 ? 4 : dim == 64 ? 3 : 2; }
+  static DENDRITE_DEVICE void stop() { __trap(); }  // better no result than a wrong one
 
-  DENDRITE_DEVICE BulkCells(char* ring, int cell_bytes, int cells)
+  DENDRITE_DEVICE BulkCells(char* ring, int cell_bytes, int pairs)
       : ring_(ring), cell_bytes_(cell_bytes) {
     if (is_first())
-      for (int i = 0; i < cells; ++i) mbarrier_init(barrier(i), 1);
+      for (int i = 0; i < pairs; ++i) mbarrier_init(barrier(i), 1);
     mbarrier_init_done();
     sync_warp();
   }
 
   DENDRITE_DEVICE char* at(int place) const { return ring_ + place * few_stride(cell_bytes_); }
 
-  DENDRITE_DEVICE void load(int place, const int32_t* entry, const char* cell, bool wanted) const {
+  DENDRITE_DEVICE void load(int place, const int32_t* entries, const char* first, const char* second,
+                            bool wanted) const {
     if (!wanted || !is_first()) return;
-    const SharedAddress to = shared_address(at(place));
-    mbarrier_arrive_and_expect(barrier(place), cell_bytes_ + int(sizeof(WorkEntry)));
-    load_bytes(to, entry, sizeof(WorkEntry), barrier(place));
-    load_bytes(to + kCellAt, cell, cell_bytes_, barrier(place));
+    const SharedAddress to = shared_address(at(place)), full = to + kPairBytes;
+    mbarrier_arrive_and_expect(full, kPairBytes + 2 * cell_bytes_);
+    load_bytes(to, entries, kPairBytes, full);
+    load_bytes(to + kCellsAt, first, cell_bytes_, full);
+    load_bytes(to + kCellsAt + cell_bytes_, second, cell_bytes_, full);
   }
 
   DENDRITE_DEVICE void wait(int place, int parity) const { mbarrier_wait(barrier(place), parity); }
@@ -34,7 +42,7 @@ class BulkCells {
  private:
   static DENDRITE_DEVICE bool is_first() { return threadIdx.x % kWarpSize == 0; }
   DENDRITE_DEVICE SharedAddress barrier(int place) const {
-    return shared_address(at(place)) + int(sizeof(WorkEntry));
+    return shared_address(at(place)) + kPairBytes;
   }
 
   char* const ring_;

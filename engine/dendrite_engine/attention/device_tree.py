@@ -22,10 +22,10 @@ _MAX_READS = {64: 1.95, 96: 1.1, 128: 1.1}  # by head_dim
 # Pages read by tiles of 128, times kv heads, up to which heads of 64 take tiles of 64 queries in a
 # captured pass whatever the tree: two blocks on a multiprocessor hide each other's start.
 _FEW_READS = {64: 24576}
-# The kernel for few queries a page takes packed pages in cells of up to so many bytes. It is taken
-# where its tiles read at most so many times as much as those of 64 queries, and where that, times
-# kv heads, gives its many workers enough to do. From runs on an H100.
-_FEW_HEAD_DIMS, _FEW_CELL_BYTES = (64, 128), 8416
+# The kernel for few queries a page takes packed pages of such heads. It is chosen where its tiles
+# read at most so many times as much as those of 64 queries, and where that, times kv heads, gives its
+# many workers enough to do. From runs on an H100.
+_FEW_HEAD_DIMS = (64, 128)
 _MAX_FEW_READS, _LEAST_FEW_READS = 2.0, 16384
 # With cuts at fixed positions there are too few pieces for twice as many blocks.
 _MAX_READS_AT_FIXED_CUTS, _FEW_READS_AT_FIXED_CUTS = 1.1, 0
@@ -52,14 +52,17 @@ class DeviceTreeAttention(DeviceAttention):
         self._windows = sorted(setup.windows)
         like = torch.empty(1, dtype=setup.dtype, device=setup.device)
         ops = setup.ops
-        workers = (
-            ops.tree_attention_packed_workers if setup.is_packed else (ops.tree_attention_workers)
-        )
-        self._few = self._few_tile()
-        tiles = {self._tile(1), self._tile(setup.max_rows), self._few or self._tile(1)}
-        self._workers = {
-            tile: workers(like, setup.head_dim, setup.num_kv_heads, tile) for tile in tiles
-        }
+        sizes = like, setup.head_dim, setup.num_kv_heads
+
+        def workers(tile: int) -> int:
+            if setup.is_packed:
+                return ops.tree_attention_packed_workers(*sizes, tile, setup.cell_bytes)
+            return ops.tree_attention_workers(*sizes, tile)
+
+        tiles = {self._tile(1), self._tile(setup.max_rows), self._few_tile()} - {0}
+        counts = {tile: workers(tile) for tile in tiles}
+        self._workers = {tile: count for tile, count in counts.items() if count}
+        self._few = min(self._workers) if min(self._workers) < 64 else 0
         self._max_reads, self._few_reads = self._limits()
         self._results = 0
         self._reserve(max(2 * count * tile for tile, count in self._workers.items()))
@@ -79,8 +82,8 @@ class DeviceTreeAttention(DeviceAttention):
         Its sums are not those of the other kernels, so not where bits may not depend on the tree.
         """
         setup = self._setup
-        fits = 0 < setup.cell_bytes <= _FEW_CELL_BYTES and setup.head_dim in _FEW_HEAD_DIMS
-        if not fits or setup.deterministic or setup.dtype == torch.float32 or self._group > 16:
+        taken = setup.is_packed and setup.head_dim in _FEW_HEAD_DIMS
+        if not taken or setup.deterministic or setup.dtype == torch.float32 or self._group > 16:
             return 0
         return 8 if self._group <= 8 else 16
 

@@ -84,8 +84,8 @@ OPS: dict[str, Op] = {
         " int layer_at, int page_size, int kv_heads, int k_codec, int v_codec) -> ()",
     ),
     "tree_attention_packed_workers": Op(
-        "device_reference_attention:tree_attention_workers",
-        "(Tensor like, int head_dim, int kv_heads, int q_tile) -> int",
+        "device_reference_packed:tree_attention_packed_workers",
+        "(Tensor like, int head_dim, int kv_heads, int q_tile, int cell_bytes) -> int",
     ),
     "skinny_linear": Op(
         "device_reference_linear:skinny_linear",
@@ -334,10 +334,12 @@ class DeviceKernels:
         )  # fmt: skip
 
     def tree_attention_packed_workers(
-        self, like: torch.Tensor, head_dim: int, kv_heads: int, q_tile: int
+        self, like: torch.Tensor, head_dim: int, kv_heads: int, q_tile: int, cell_bytes: int
     ) -> int:
-        """See `device_reference_attention.tree_attention_workers`."""
-        return int(self._tree_attention_packed_workers(like, head_dim, kv_heads, q_tile))
+        """See `device_reference_packed.tree_attention_packed_workers`."""
+        return int(
+            self._tree_attention_packed_workers(like, head_dim, kv_heads, q_tile, cell_bytes)
+        )
 
     def skinny_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor

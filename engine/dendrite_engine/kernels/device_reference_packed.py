@@ -11,7 +11,11 @@ import torch
 from dendrite_engine.errors import InvalidArgument
 from dendrite_engine.kernels.device_packed import DevicePages, Rotation, codec, device_pages
 from dendrite_engine.kernels.device_reference import rotated_states
-from dendrite_engine.kernels.device_reference_attention import PageReader, attend_blocks
+from dendrite_engine.kernels.device_reference_attention import (
+    PageReader,
+    attend_blocks,
+    tree_attention_workers,
+)
 from dendrite_engine.kernels.packed_reference import restored_output, rotated_query
 
 _NAN = float("nan")
@@ -110,3 +114,13 @@ def _sides(
             )
     sizes = page_size, kv_heads, head_dim
     return device_pages(data, layer_at, sizes, codecs, tables)
+
+
+def tree_attention_packed_workers(
+    like: torch.Tensor, head_dim: int, kv_heads: int, q_tile: int, cell_bytes: int
+) -> int:
+    """Workers for each kv head that fill the device of `like`; 0 where no kernel for tiles of
+    `q_tile` queries holds cells of `cell_bytes`. The twin takes everything.
+    """
+    del cell_bytes
+    return tree_attention_workers(like, head_dim, kv_heads, q_tile)
