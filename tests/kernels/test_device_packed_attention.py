@@ -329,7 +329,7 @@ def test_what_has_no_kernel_is_refused_by_name(kernel):
     for dtype, tile in ((torch.float32, 8), (torch.bfloat16, 32)):
         with pytest.raises(RuntimeError, match=f"q has head_dim 64 and q_tile is {tile}"):
             kernel(packed, Cut(tile), dtype=dtype)
-    with pytest.raises(RuntimeError, match="q_tile is 8, whose kernel has no room for cells of 16384"):
+    with pytest.raises(RuntimeError, match=r"q_tile is 8, .* no room for cells of 16384"):
         kernel(Tree.make(tree(1, dim=128), "fp32"), FEW, dtype=torch.bfloat16)
     object.__setattr__(packed.sides[1], "signs", None)
     with pytest.raises(RuntimeError, match="tree_attention_packed: v_signs"):

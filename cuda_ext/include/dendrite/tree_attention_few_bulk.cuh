@@ -3,7 +3,7 @@
 #pragma once
 
 #include "tma.cuh"
-#include "tree_attention_few.cuh"
+#include "tree_attention_few_ring.cuh"
 
 namespace dendrite {
 

@@ -23,8 +23,8 @@ _MAX_READS = {64: 1.95, 96: 1.1, 128: 1.1}  # by head_dim
 # captured pass whatever the tree: two blocks on a multiprocessor hide each other's start.
 _FEW_READS = {64: 24576}
 # The kernel for few queries a page takes packed pages of such heads. It is chosen where its tiles
-# read at most so many times as much as those of 64 queries, and where that, times kv heads, gives its
-# many workers enough to do. From runs on an H100.
+# read at most so many times as much as those of 64 queries, and where that, times kv heads, gives
+# its many workers enough to do. From runs on an H100.
 _FEW_HEAD_DIMS = (64, 128)
 _MAX_FEW_READS, _LEAST_FEW_READS = 2.0, 16384
 # With cuts at fixed positions there are too few pieces for twice as many blocks.
@@ -56,8 +56,8 @@ class DeviceTreeAttention(DeviceAttention):
 
         def workers(tile: int) -> int:
             if setup.is_packed:
-                return ops.tree_attention_packed_workers(*sizes, tile, setup.cell_bytes)
-            return ops.tree_attention_workers(*sizes, tile)
+                return int(ops.tree_attention_packed_workers(*sizes, tile, setup.cell_bytes))
+            return int(ops.tree_attention_workers(*sizes, tile))
 
         tiles = {self._tile(1), self._tile(setup.max_rows), self._few_tile()} - {0}
         counts = {tile: workers(tile) for tile in tiles}
