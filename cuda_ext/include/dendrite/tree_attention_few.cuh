@@ -18,6 +18,7 @@
 #pragma once
 
 #include "tree_attention_few_ring.cuh"
+#include "tree_attention_few_rows.cuh"
 #include "tree_attention_packed.cuh"
 
 namespace dendrite {
@@ -27,19 +28,21 @@ template <class T, int kDim, int kTiles, class Cells>
 class FewQueriesWarp {
   static constexpr int kKeyChunks = kDim / 32;    // of 8 values, of a slot's keys in a lane
   static constexpr int kValueChunks = kDim / 64;  // of its values
-  static constexpr int kProducts = kDim / 16;
-  using Scores = float[kTiles][4];
+  using Rows = FewQueriesRows<T, kDim, kTiles>;
+  using Scores = typename Rows::Scores;
 
  public:
   DENDRITE_DEVICE FewQueriesWarp(const TreeAttentionPackedParams& p, char* ring)
-      : p_(p), cells_(ring, p.cell_bytes, p.cell_tiles),
+      : p_(p), rows_(p), cells_(ring, p.cell_bytes, p.cell_tiles),
         pages_(p.layer.data + p.layer.at + int64_t(head()) * p.cell_bytes) {}
 
   // Takes one segment; returns the worker's next one, or -1.
   DENDRITE_DEVICE int run(int index) {
     const WorkSegment segment = read_segment(p_, index);
     if (segment.count == 0) return -1;
-    start(segment);
+    count_ = segment.count;
+    entries_ = segment.entries;
+    rows_.start(segment);
     slots_ = slots_from(lane());
     next_slots_ = slots_from(32 + lane());
     for (int i = 0; i < p_.cell_tiles; ++i) load(2 * i, next_place(i));
@@ -54,7 +57,7 @@ class FewQueriesWarp {
       }
     }
     cp_async_wait<0>();
-    finish(segment);
+    rows_.finish(segment);
     return segment.next;
   }
 
@@ -63,11 +66,6 @@ class FewQueriesWarp {
   static DENDRITE_DEVICE int g() { return lane() / 4; }
   static DENDRITE_DEVICE int t() { return lane() % 4; }
   static DENDRITE_DEVICE int head() { return blockIdx.y; }
-  // Query of this lane's column c of a tile.
-  static DENDRITE_DEVICE int query(int tile, int c) { return 8 * tile + 2 * t() + c; }
-
-  // ---- pages
-
   DENDRITE_DEVICE int slots_from(int index) const {
     return index < count_ ? p_.work[entries_ + 4 * index] : 0;
   }
@@ -96,48 +94,6 @@ class FewQueriesWarp {
     cells_.load(place, p_.work + entries_ + 4 * i, cell(first), cell(second), wanted);
   }
 
-  // ---- rows
-
-  DENDRITE_DEVICE void start(const WorkSegment& segment) {
-    count_ = segment.count;
-    entries_ = segment.entries;
-    num_queries_ = segment.num_rows * p_.group;
-    low_position_ = 0x7fffffff;
-    high_position_ = -1;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int i = query(tile, c);
-        const bool there = i < num_queries_;
-        position_[tile][c] = there ? p_.positions[segment.row_begin + row_of(p_, i)] : -1;
-        if (there) low_position_ = min(low_position_, position_[tile][c]);
-        high_position_ = max(high_position_, position_[tile][c]);
-        m_[tile][c] = kNoMaximum;
-        l_[tile][c] = 0.f;
-      }
-      const int i = 8 * tile + g();
-      const bool valid = i < num_queries_;
-      const T* from = static_cast<const T*>(p_.q) + t() * (kDim / 4) +
-                      (valid ? query_offset(p_, segment.row_begin, i, head(), kDim) : 0);
-#pragma unroll
-      for (int chunk = 0; chunk < kKeyChunks; ++chunk) {
-        const auto part = load_packed<T, 8>(from + 8 * chunk);
-#pragma unroll
-        for (int w = 0; w < 4; ++w)
-          q_[tile][4 * chunk + w] = valid ? part.words[w] : 0;
-      }
-#pragma unroll
-      for (int n = 0; n < kProducts; ++n)
-        o_[tile][n][0] = o_[tile][n][1] = o_[tile][n][2] = o_[tile][n][3] = 0.f;
-    }
-#pragma unroll
-    for (int mask = 1; mask < 4; mask *= 2) {
-      low_position_ = min(low_position_, shfl_xor(low_position_, mask));
-      high_position_ = max(high_position_, shfl_xor(high_position_, mask));
-    }
-  }
-
   DENDRITE_DEVICE void attend(const char* place) {
     const auto* entries = reinterpret_cast<const WorkEntry*>(place);
     const char* const cells[2] = {place + kCellsAt, place + kCellsAt + p_.cell_bytes};
@@ -150,18 +106,9 @@ class FewQueriesWarp {
         scale_scores<codec.value>(cells[j] + layer.k_scales(), s[j]);
       }
     });
-    mask(entries[0], s[0]);
-    mask(entries[1], s[1]);
-    float sums[kTiles][2];
-    if (any_sync(weigh(s, w, sums))) {
-      grow(s, sums);
-      weigh(s, w, sums);
-    }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      l_[tile][0] += sums[tile][0];
-      l_[tile][1] += sums[tile][1];
-    }
+    rows_.mask(entries[0], s[0]);
+    rows_.mask(entries[1], s[1]);
+    rows_.weigh(s, w);
     with_codec(layer.v.codec, [&](auto codec) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -200,7 +147,7 @@ class FewQueriesWarp {
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             const int at = 4 * (first + i) + 2 * half;
-            const uint32_t queries[2] = {q_[tile][at], q_[tile][at + 1]};
+            const uint32_t queries[2] = {rows_.q[tile][at], rows_.q[tile][at + 1]};
             mma_m16n8k16<T>(s[tile], keys, queries);
           }
         }
@@ -225,78 +172,6 @@ class FewQueriesWarp {
       for (int tile = 0; tile < kTiles; ++tile) {
         s[tile][2 * half] *= factor;
         s[tile][2 * half + 1] *= factor;
-      }
-    }
-  }
-
-  // Hides what rows may not see.
-  DENDRITE_DEVICE void mask(const WorkEntry& entry, Scores& s) const {
-    const int begin = first_reader(entry) * p_.group, end = end_of_readers(entry) * p_.group;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int i = query(tile, c);
-        if (i < begin || i >= end) s[tile][c] = s[tile][2 + c] = kMinusInf;
-      }
-    }
-    if (entry.len == kUnit && entry.pos + kUnit - 1 <= low_position_ &&
-        (p_.window == 0 || entry.pos > high_position_ - p_.window))
-      return;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int seen = position_[tile][c] - entry.pos, stop = min(entry.len, seen + 1);
-        const int from = p_.window > 0 ? seen - p_.window + 1 : 0;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int slot = g() + 8 * half;
-          if (slot >= stop || slot < from) s[tile][2 * half + c] = kMinusInf;
-        }
-      }
-    }
-  }
-
-  // Weights of a pair's scores, and this lane's sums of them; whether one of these is too large.
-  DENDRITE_DEVICE bool weigh(const Scores (&s)[2], Scores (&w)[2], float (&sums)[kTiles][2]) const {
-    bool grows = false;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) w[j][tile][i] = exp2_fast(s[j][tile][i] - m_[tile][i % 2]);
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        sums[tile][c] =
-            (w[0][tile][c] + w[0][tile][2 + c]) + (w[1][tile][c] + w[1][tile][2 + c]);
-        grows |= sums[tile][c] > kLargeWeight<T>;
-      }
-    }
-    return grows;
-  }
-
-  // Brings the maxima of those queries up to the scores that have too large a sum in some lane.
-  DENDRITE_DEVICE void grow(const Scores (&s)[2], const float (&sums)[kTiles][2]) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const bool grows = (ballot(sums[tile][c] > kLargeWeight<T>) & 0x11111111u << t()) != 0;
-        float largest = fmaxf(fmaxf(s[0][tile][c], s[0][tile][2 + c]),
-                              fmaxf(s[1][tile][c], s[1][tile][2 + c]));
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shfl_xor(largest, mask));
-        const float to = grows ? largest : m_[tile][c];
-        const float factor = grows ? exp2_fast(m_[tile][c] - to) : 1.f;
-        m_[tile][c] = to;
-        l_[tile][c] *= factor;
-#pragma unroll
-        for (int n = 0; n < kProducts; ++n) {
-          o_[tile][n][c] *= factor;
-          o_[tile][n][2 + c] *= factor;
-        }
       }
     }
   }
@@ -345,73 +220,19 @@ class FewQueriesWarp {
                                  byte_perm(x[2].words[j], x[3].words[j], 0x7632)};
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile)
-            mma_m16n8k16<T>(o_[tile][4 * (first + i) + j], a, b[tile]);
+            mma_m16n8k16<T>(rows_.o[tile][4 * (first + i) + j], a, b[tile]);
         }
       }
     }
   }
 
-  // ---- results
-
-  DENDRITE_DEVICE void finish(const WorkSegment& segment) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) l_[tile][c] += shfl_xor(l_[tile][c], mask);
-        const int i = query(tile, c);
-        if (i >= num_queries_) continue;
-        if (segment.slot < 0)
-          write_out(segment.row_begin, i, tile, c);
-        else
-          write_partial(segment, i, tile, c);
-      }
-    }
-  }
-
-  DENDRITE_DEVICE void write_out(int row_begin, int i, int tile, int c) const {
-    const float scale = inverse(l_[tile][c]);
-    T* out = static_cast<T*>(p_.out) + query_offset(p_, row_begin, i, head(), kDim) + g() * (kDim / 8);
-#pragma unroll
-    for (int chunk = 0; chunk < kValueChunks; ++chunk) {
-      float values[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        values[j] = o_[tile][4 * chunk + j / 2][j % 2 * 2 + c] * scale;
-      store_floats<8>(out + 8 * chunk, values);
-    }
-  }
-
-  // See tree_attention_state.cuh for the order of the values.
-  DENDRITE_DEVICE void write_partial(const WorkSegment& segment, int i, int tile, int c) const {
-    const PartialView<8 * kTiles, kDim> partial(p_, segment.slot, head());
-    const int at = segment.first_query + i;
-    const bool none = m_[tile][c] == kNoMaximum;
-    if (g() == 0)
-      *reinterpret_cast<float2*>(partial.ml + 2 * at) =
-          make_float2(none ? kMinusInf : m_[tile][c], l_[tile][c]);
-    if (none) return;  // the merge does not look at o then
-    float* to = partial.o + size_t(at) * kDim;
-#pragma unroll
-    for (int n = 0; n < kProducts; ++n) {
-      const int value = g() * (kDim / 8) + 2 * n;
-      *reinterpret_cast<float2*>(to + value / 16 * 16 + value % 8 * 2 + value % 16 / 8 * 2) =
-          make_float2(o_[tile][n][c], o_[tile][n][2 + c]);
-    }
-  }
-
   const TreeAttentionPackedParams& p_;
+  Rows rows_;
   const Cells cells_;
   const char* const pages_;  // the head's first cell of page 0
   int place_ = 0, parity_ = 0;  // of the ring; how often it was gone round
-  int count_, entries_, num_queries_;
+  int count_, entries_;
   int slots_, next_slots_;  // of 32 entries each, a lane one; see load()
-  int low_position_, high_position_;
-  int position_[kTiles][2];
-  float m_[kTiles][2], l_[kTiles][2];  // of queries 2 t and 2 t + 1 of a tile
-  uint32_t q_[kTiles][kDim / 8];
-  float o_[kTiles][kProducts][4];
 };
 
 template <class T, int kDim, int kTiles, class Cells>
