@@ -30,8 +30,7 @@ from dendrite_engine.types import FinishReason
 class StepLoop:
     """Owns model and pages on one thread, and turns jobs into steps.
 
-    Everything reaches it through one queue that is read between steps, so a request waits for at
-    most the step in flight.
+    Everything reaches it through one queue, read between steps: a request waits for one at most.
 
     With a runner that returns before the device is done (`is_async`) a step is: launch the forward
     pass and the sampling behind it, report the tokens of the step before, wait for the new ones,
@@ -103,9 +102,8 @@ class StepLoop:
 
     def stop(self) -> None:
         """End the thread after the step in flight; running jobs fail with EngineClosed."""
-        if not self._closed.is_set():
-            self._closed.set()
-            self._inbox.put(None)
+        self._closed.set()
+        self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -134,6 +132,8 @@ class StepLoop:
     def _run(self) -> None:
         while not self._closed.is_set():
             if self._next is None:
+                if not self._open:
+                    self._scheduler.rest()
                 self._receive(block=not self._open)
             if self._closed.is_set():
                 break
@@ -147,8 +147,6 @@ class StepLoop:
 
     def _receive(self, *, block: bool) -> None:
         """Take everything from the inbox; wait for the first item when there is nothing to do."""
-        if block:
-            self._scheduler.rest()
         while block or not self._inbox.empty():
             item = self._inbox.get()
             block = False
