@@ -83,6 +83,19 @@ DENDRITE_DEVICE uint32_t mul2<half_t>(uint32_t a, uint32_t b) {
   return out;
 }
 
+// Whether a pair of E4M3 becomes a pair of fp16 in one instruction.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+constexpr bool kConvertsE4m3 = true;
+DENDRITE_DEVICE uint32_t e4m3_to_fp16(uint16_t pair) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(pair));
+  return out;
+}
+#else
+constexpr bool kConvertsE4m3 = false;
+DENDRITE_DEVICE uint32_t e4m3_to_fp16(uint16_t) { return 0; }
+#endif
+
 // Byte i of the result is byte `selector >> 4 i & 7` of the eight of a (the lower ones) and b.
 DENDRITE_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);

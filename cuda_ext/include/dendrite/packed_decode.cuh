@@ -160,8 +160,9 @@ struct CodePiece {
     return signed_places<3>(pairs, tops[chunk / 4] >> (8 * (chunk % 4)) & 0xffu);
   }
 
-  // As numbers of T. `exponent`: the scale of their block, of use for mxfp8.
-  template <class T>
+  // As numbers of T. `exponent`: the scale of their block, of use for mxfp8. `kWhole`: E4M3 as fp16 is
+  // not over 2^kHalfShift.
+  template <class T, bool kWhole = false>
   DENDRITE_DEVICE Packed<T, 8> numbers(int chunk, uint32_t exponent) const {
     static_assert(sizeof(T) == 2);
     if constexpr (is_rotated(kCodec)) return levels_of<T, kBits>(places(chunk));
@@ -170,6 +171,10 @@ struct CodePiece {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t codes = words[2 * chunk + i / 2];
+        if constexpr (kWhole) {
+          out.words[i] = e4m3_to_fp16(uint16_t(codes >> (16 * (i % 2))));
+          continue;
+        }
         out.words[i] = float8_pair<T, kCodec == kE5m2>(
             byte_perm(codes, 0, i % 2 == 0 ? 0x1404 : 0x3424));
         if constexpr (kCodec == kMxfp8) out.words[i] = times_power<T>(out.words[i], exponent);

@@ -23,6 +23,13 @@
 
 namespace dendrite {
 
+// 8-bit numbers are multiplied as fp16, into which they go with the least work; all others as T.
+template <class T, int kCodec>
+using FewOperand = std::conditional_t<kCodec == kE4m3 || kCodec == kE5m2, half_t, T>;
+// Whether E4M3 is converted as it is; its numbers are over 2^kHalfShift otherwise.
+template <int kCodec>
+constexpr bool kWholeNumbers = kCodec == kE4m3 && kConvertsE4m3;
+
 // `Cells`: CopiedCells, or BulkCells of tree_attention_few_bulk.cuh.
 template <class T, int kDim, int kTiles, class Cells>
 class FewQueriesWarp {
@@ -42,7 +49,7 @@ class FewQueriesWarp {
     if (segment.count == 0) return -1;
     count_ = segment.count;
     entries_ = segment.entries;
-    rows_.start(segment);
+    rows_.start(segment, is_fp8(p_.layer.k.codec));
     slots_ = slots_from(lane());
     next_slots_ = slots_from(32 + lane());
     for (int i = 0; i < p_.cell_tiles; ++i) load(2 * i, next_place(i));
@@ -57,7 +64,9 @@ class FewQueriesWarp {
       }
     }
     cp_async_wait<0>();
-    rows_.finish(segment);
+    // Weights had the scales of numbers over 2^kHalfShift.
+    const bool whole = kWholeNumbers<kE4m3> && p_.layer.v.codec == kE4m3;
+    rows_.finish(segment, whole ? 1.f / (1 << kHalfShift) : 1.f);
     return segment.next;
   }
 
@@ -66,6 +75,7 @@ class FewQueriesWarp {
   static DENDRITE_DEVICE int g() { return lane() / 4; }
   static DENDRITE_DEVICE int t() { return lane() % 4; }
   static DENDRITE_DEVICE int head() { return blockIdx.y; }
+  static DENDRITE_DEVICE bool is_fp8(int codec) { return codec == kE4m3 || codec == kE5m2; }
   DENDRITE_DEVICE int slots_from(int index) const {
     return index < count_ ? p_.work[entries_ + 4 * index] : 0;
   }
@@ -123,6 +133,8 @@ class FewQueriesWarp {
   // Raw scores, without scales.
   template <int kCodec>
   DENDRITE_DEVICE void scores(const char* cell, Scores& s) const {
+    using Number = FewOperand<T, kCodec>;
+    constexpr bool kWhole = kWholeNumbers<kCodec>;
     constexpr int kPiece = kCodecBits[kCodec] <= 8 ? kKeyChunks : 1;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) s[tile][0] = s[tile][1] = s[tile][2] = s[tile][3] = 0.f;
@@ -137,8 +149,9 @@ class FewQueriesWarp {
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
         const int chunk = t() * kKeyChunks + first + i;
-        const auto x = a.template numbers<T>(i, block_exponent<kCodec>(exponents, chunk));
-        const auto y = b.template numbers<T>(
+        const auto x =
+            a.template numbers<Number, kWhole>(i, block_exponent<kCodec>(exponents, chunk));
+        const auto y = b.template numbers<Number, kWhole>(
             i, block_exponent<kCodec>(exponents + 8 * side.scales, chunk));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -148,18 +161,18 @@ class FewQueriesWarp {
           for (int tile = 0; tile < kTiles; ++tile) {
             const int at = 4 * (first + i) + 2 * half;
             const uint32_t queries[2] = {rows_.q[tile][at], rows_.q[tile][at + 1]};
-            mma_m16n8k16<T>(s[tile], keys, queries);
+            mma_m16n8k16<Number>(s[tile], keys, queries);
           }
         }
       }
     }
   }
 
-  // The scale of slot g + 8 * half; `scales` those of the cell.
+  // The scale of slot g + 8 * half, for numbers that are not whole; `scales` those of the cell.
   template <int kCodec>
   static DENDRITE_DEVICE float slot_scale(const char* scales, int half) {
     constexpr int kBytes = kScaleBytes[kCodec];
-    return operand_scale<T>(kCodec, scales + (g() + 8 * half) * kBytes);
+    return operand_scale<FewOperand<T, kCodec>>(kCodec, scales + (g() + 8 * half) * kBytes);
   }
 
   // Into log2 units.
@@ -167,7 +180,8 @@ class FewQueriesWarp {
   DENDRITE_DEVICE void scale_scores(const char* scales, Scores& s) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor = p_.scale_log2 * slot_scale<kCodec>(scales, half);
+      constexpr float kUnit = kWholeNumbers<kCodec> ? 1.f / (1 << kHalfShift) : 1.f;
+      const float factor = rows_.score_unit() * kUnit * slot_scale<kCodec>(scales, half);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         s[tile][2 * half] *= factor;
@@ -185,7 +199,7 @@ class FewQueriesWarp {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
         b[tile][half] = transpose_8x8(
-            pack2<T>(w[tile][2 * half] * factor, w[tile][2 * half + 1] * factor));
+            pack2<FewOperand<T, kCodec>>(w[tile][2 * half] * factor, w[tile][2 * half + 1] * factor));
     }
   }
 
@@ -194,6 +208,7 @@ class FewQueriesWarp {
                                   const uint32_t (&b)[kTiles][2]) {
     constexpr int kPiece = kCodecBits[kCodec] <= 8 ? kValueChunks : 1;
     using Piece = CodePiece<kCodec, kPiece>;
+    using Number = FewOperand<T, kCodec>;
     const PackedVector& side = p_.layer.v;
     const char* rows = codes + 2 * t() * side.row;
     const char* exponents = scales + 2 * t() * side.scales;
@@ -206,11 +221,12 @@ class FewQueriesWarp {
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
         const int chunk = g() * kValueChunks + first + i;
-        Packed<T, 8> x[4];
+        Packed<Number, 8> x[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const char* exponent = exponents + (r / 2 * 8 + r % 2) * side.scales;
-          x[r] = pieces[r].template numbers<T>(i, block_exponent<kCodec>(exponent, chunk));
+          x[r] = pieces[r].template numbers<Number, kWholeNumbers<kCodec>>(
+              i, block_exponent<kCodec>(exponent, chunk));
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -220,7 +236,7 @@ class FewQueriesWarp {
                                  byte_perm(x[2].words[j], x[3].words[j], 0x7632)};
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile)
-            mma_m16n8k16<T>(rows_.o[tile][4 * (first + i) + j], a, b[tile]);
+            mma_m16n8k16<Number>(rows_.o[tile][4 * (first + i) + j], a, b[tile]);
         }
       }
     }

@@ -19,7 +19,8 @@ class FewQueriesRows {
 
   DENDRITE_DEVICE explicit FewQueriesRows(const TreeAttentionParams& p) : p_(p) {}
 
-  DENDRITE_DEVICE void start(const WorkSegment& segment) {
+  // With `as_fp16`, queries become fp16, all over a power of two that brings them into its range.
+  DENDRITE_DEVICE void start(const WorkSegment& segment, bool as_fp16) {
     num_queries_ = segment.num_rows * p_.group;
     low_position_ = 0x7fffffff;
     high_position_ = -1;
@@ -55,7 +56,14 @@ class FewQueriesRows {
       low_position_ = min(low_position_, shfl_xor(low_position_, mask));
       high_position_ = max(high_position_, shfl_xor(high_position_, mask));
     }
+    score_unit_ = p_.scale_log2;
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (as_fp16) make_fp16();
+    }
   }
+
+  // What a score is multiplied with, besides scales.
+  DENDRITE_DEVICE float score_unit() const { return score_unit_; }
 
   // Hides what rows may not see.
   DENDRITE_DEVICE void mask(const WorkEntry& entry, Scores& s) const {
@@ -100,7 +108,8 @@ class FewQueriesRows {
     }
   }
 
-  DENDRITE_DEVICE void finish(const WorkSegment& segment) {
+  // `unit`: what the output is multiplied with.
+  DENDRITE_DEVICE void finish(const WorkSegment& segment, float unit) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -110,9 +119,9 @@ class FewQueriesRows {
         const int i = query(tile, c);
         if (i >= num_queries_) continue;
         if (segment.slot < 0)
-          write_out(segment.row_begin, i, tile, c);
+          write_out(segment.row_begin, i, tile, c, unit);
         else
-          write_partial(segment, i, tile, c);
+          write_partial(segment, i, tile, c, unit);
       }
     }
   }
@@ -138,7 +147,7 @@ class FewQueriesRows {
       for (int c = 0; c < 2; ++c) {
         sums[tile][c] =
             (w[0][tile][c] + w[0][tile][2 + c]) + (w[1][tile][c] + w[1][tile][2 + c]);
-        grows |= sums[tile][c] > kLargeWeight<T>;
+        grows |= sums[tile][c] > kLargeWeight<half_t>;
       }
     }
     return grows;
@@ -150,7 +159,7 @@ class FewQueriesRows {
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const bool grows = (ballot(sums[tile][c] > kLargeWeight<T>) & 0x11111111u << t()) != 0;
+        const bool grows = (ballot(sums[tile][c] > kLargeWeight<half_t>) & 0x11111111u << t()) != 0;
         float largest = fmaxf(fmaxf(s[0][tile][c], s[0][tile][2 + c]),
                               fmaxf(s[1][tile][c], s[1][tile][2 + c]));
 #pragma unroll
@@ -168,8 +177,30 @@ class FewQueriesRows {
     }
   }
 
-  DENDRITE_DEVICE void write_out(int row_begin, int i, int tile, int c) const {
-    const float scale = inverse(l_[tile][c]);
+  DENDRITE_DEVICE void make_fp16() {
+    float largest = 0.f;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        const float2 two = unpack2<bf16>(q[tile][i]);
+        largest = fmaxf(largest, fmaxf(fabsf(two.x), fabsf(two.y)));
+      }
+    // 2^15 fits. No more than this: rows beside one that is not finite must keep theirs.
+    const int above = min(int(float_bits(warp_max(largest)) >> 23) - (127 + 14), 6);
+    const float down = above > 0 ? bits_float(uint32_t(127 - above) << 23) : 1.f;
+    if (above > 0) score_unit_ *= bits_float(uint32_t(127 + above) << 23);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        const float2 two = unpack2<bf16>(q[tile][i]);
+        q[tile][i] = pack2<half_t>(two.x * down, two.y * down);
+      }
+  }
+
+  DENDRITE_DEVICE void write_out(int row_begin, int i, int tile, int c, float unit) const {
+    const float scale = inverse(l_[tile][c]) * unit;
     T* out = static_cast<T*>(p_.out) + query_offset(p_, row_begin, i, head(), kDim) + g() * (kDim / 8);
 #pragma unroll
     for (int chunk = 0; chunk < kDim / 64; ++chunk) {
@@ -182,7 +213,8 @@ class FewQueriesRows {
   }
 
   // See tree_attention_state.cuh for the order of the values.
-  DENDRITE_DEVICE void write_partial(const WorkSegment& segment, int i, int tile, int c) const {
+  DENDRITE_DEVICE void write_partial(const WorkSegment& segment, int i, int tile, int c,
+                                     float unit) const {
     const PartialView<8 * kTiles, kDim> partial(p_, segment.slot, head());
     const int at = segment.first_query + i;
     const bool none = m_[tile][c] == kNoMaximum;
@@ -195,13 +227,14 @@ class FewQueriesRows {
     for (int n = 0; n < kProducts; ++n) {
       const int value = g() * (kDim / 8) + 2 * n;
       *reinterpret_cast<float2*>(to + value / 16 * 16 + value % 8 * 2 + value % 16 / 8 * 2) =
-          make_float2(o[tile][n][c], o[tile][n][2 + c]);
+          make_float2(o[tile][n][c] * unit, o[tile][n][2 + c] * unit);
     }
   }
 
   const TreeAttentionParams& p_;
   int num_queries_, low_position_, high_position_;
   int position_[kTiles][2];
+  float score_unit_;
   float m_[kTiles][2], l_[kTiles][2];  // of queries 2 t and 2 t + 1 of a tile
 };
 
