@@ -12,7 +12,7 @@ from packed_cases import NAMES, PAIRS, make_store
 from dendrite_engine import kernels
 from dendrite_engine.errors import InvalidArgument, UnknownName
 from dendrite_engine.kernels import device_reference_packed as twin
-from dendrite_engine.kernels.device_packed import codec
+from dendrite_engine.kernels.device_packed import codec, pack_signed, unpack_signed
 from dendrite_engine.kernels.device_reference import rope_store_kv
 
 MEAN = torch.linspace(-2, 2, 128).reshape(2, 64)
@@ -315,6 +315,20 @@ def test_a_head_dim_that_a_format_cannot_take_is_refused_with_its_number(store: 
             case.qkv, case.positions, case.cos, case.sin, case.slots, keys.data, case.queries[0],
             None, None, signs, signs, None, 1e-6, keys.layer_at, 16, 2, number, number,
         )  # fmt: skip
+
+
+def test_4_bit_codes_are_magnitudes_with_signs_in_the_highest_bits():
+    codes = torch.tensor([[8, 15, 7, 0, 9, 6, 1, 14], [0, 0, 0, 0, 15, 15, 15, 15]])
+    packed = pack_signed(codes.int())
+    for word, row in zip(
+        packed.contiguous().view(torch.int32).tolist(), codes.tolist(), strict=True
+    ):
+        for i, code in enumerate(row):
+            size = word[0] >> (4 * i) & 7
+            negative = word[0] >> (8 * (i % 4) + (7 if i < 4 else 3)) & 1
+            assert code == (7 - size if negative else 8 + size)
+    every = torch.randint(0, 16, (3, 5, 64), dtype=torch.int32)
+    assert torch.equal(unpack_signed(pack_signed(every)), every)
 
 
 def test_the_twin_refuses_pages_that_do_not_hold_the_layer():

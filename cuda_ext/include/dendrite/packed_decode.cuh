@@ -40,10 +40,20 @@ struct LevelBytes {
   static constexpr uint32_t kHigh0 = of(0, 1), kHigh1 = of(4, 1);
 };
 
-// 8 codes of a rotated vector, a nibble each: the place of the magnitude, and whether it is negative.
+// 8 codes of a rotated vector: the places of their magnitudes, a nibble each, and the signs of the
+// first and of the last four, in the highest bit of a byte each. Other bits of `signs` are anything.
 struct SignedPlaces {
-  uint32_t place, negative;
+  uint32_t place, signs[2];
+
+  DENDRITE_DEVICE bool is_negative(int i) const {
+    return (signs[i / 4] >> (8 * (i % 4) + 7) & 1) != 0;
+  }
 };
+
+// From a nibble each, 1 for a negative one.
+DENDRITE_DEVICE SignedPlaces places_of(uint32_t place, uint32_t negative) {
+  return {place, {byte_perm(0x8000u, 0, negative), byte_perm(0x8000u, 0, negative >> 16)}};
+}
 
 // 2-bit fields to nibbles, and single bits.
 DENDRITE_DEVICE uint32_t spread_pairs(uint32_t x) {
@@ -57,20 +67,20 @@ DENDRITE_DEVICE uint32_t spread_bits(uint32_t x) {
   return (x | x << 3) & 0x11111111u;
 }
 
-// `codes`: 4-bit codes, or the 2-bit fields of 8 codes; `top`: the third bits of 3-bit ones.
+// `codes`: 8 codes of 4 bits, as packed_layer.h has them, or the 2-bit fields of 8 codes; `top`: the
+// third bits of 3-bit ones.
 template <int kBits>
 DENDRITE_DEVICE SignedPlaces signed_places(uint32_t codes, uint32_t top) {
   if constexpr (kBits == 4) {
-    const uint32_t below = ~codes & 0x88888888u;  // a code below 8 stands for a negative level
-    return {(codes ^ (below - (below >> 3))) & 0x77777777u, below >> 3};
+    return {codes & 0x77777777u, {codes, codes << 4}};
   } else {
     const uint32_t pairs = spread_pairs(codes);
     if constexpr (kBits == 3) {
       const uint32_t negative = spread_bits(top) ^ 0x11111111u;
-      return {pairs ^ 3 * negative, negative};
+      return places_of(pairs ^ 3 * negative, negative);
     }
     const uint32_t negative = ~(pairs >> 1) & 0x11111111u;
-    return {(pairs ^ negative) & 0x11111111u, negative};
+    return places_of((pairs ^ negative) & 0x11111111u, negative);
   }
 }
 
@@ -114,10 +124,10 @@ DENDRITE_DEVICE Packed<T, 8> levels_of(const SignedPlaces& at) {
   Packed<T, 8> out;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t place = at.place >> (16 * i), negative = at.negative >> (16 * i);
+    const uint32_t place = at.place >> (16 * i);
     const uint32_t low = byte_perm(Bytes::kLow0, Bytes::kLow1, place);
     const uint32_t high =
-        byte_perm(Bytes::kHigh0, Bytes::kHigh1, place) | byte_perm(0x8000u, 0, negative);
+        byte_perm(Bytes::kHigh0, Bytes::kHigh1, place) | (at.signs[i] & 0x80808080u);
     out.words[2 * i] = byte_perm(low, high, 0x5140);
     out.words[2 * i + 1] = byte_perm(low, high, 0x7362);
   }
@@ -231,7 +241,7 @@ DENDRITE_DEVICE void decode8_floats(float (&out)[8], const char* row, const char
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float level = magnitude<kCodecBits[kCodec]>(at.place >> (4 * i) & 7);
-      out[i] = (at.negative >> (4 * i) & 1) != 0 ? -level : level;
+      out[i] = at.is_negative(i) ? -level : level;
     }
   } else {
     // 16 bits of either type hold every 8-bit float; a power of two is exact in bf16.

@@ -130,6 +130,22 @@ DENDRITE_DEVICE uint32_t packed_codes(const int (&codes)[kLaneWords]) {
   return word;
 }
 
+// Half a word of 4-bit codes, see packed_layer.h: that of the four codes of this lane, where its
+// neighbour has the others.
+DENDRITE_DEVICE uint16_t signed_codes(int group, const int (&codes)[kLaneWords]) {
+  uint32_t half = 0, negative = 0;
+#pragma unroll
+  for (int j = 0; j < kLaneWords; ++j) {
+    half |= uint32_t(codes[j] < 8 ? 7 - codes[j] : codes[j] - 8) << (4 * j);
+    negative |= uint32_t(codes[j] < 8) << j;
+  }
+  const uint32_t other = shfl_xor(negative, 1);
+  const uint32_t first = group % 2 == 0 ? negative : other >> 2;  // of the word's first four
+  const uint32_t last = group % 2 == 0 ? other : negative >> 2;
+  return uint16_t(half | (first & 1) << 7 | (first >> 1 & 1) << 15 | (last & 1) << 3 |
+                  (last >> 1 & 1) << 11);
+}
+
 // Codes of elements 4 * group .. + 3. All lanes of the warp take part.
 template <int kBits>
 DENDRITE_DEVICE void store_codes(const PackedPlace& to, int group, const int (&codes)[kLaneWords],
@@ -137,7 +153,8 @@ DENDRITE_DEVICE void store_codes(const PackedPlace& to, int group, const int (&c
   if constexpr (kBits == 8) {
     if (active) *reinterpret_cast<uint32_t*>(to.row + 4 * group) = packed_codes<8>(codes);
   } else if constexpr (kBits == 4) {
-    if (active) *reinterpret_cast<uint16_t*>(to.row + 2 * group) = uint16_t(packed_codes<4>(codes));
+    const uint16_t half = signed_codes(group, codes);
+    if (active) *reinterpret_cast<uint16_t*>(to.row + 2 * group) = half;
   } else if constexpr (kBits == 2) {
     if (active) to.row[group] = char(packed_codes<2>(codes));
   } else {

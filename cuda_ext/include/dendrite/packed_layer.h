@@ -5,8 +5,10 @@
 //          K codes [16][k.row], V codes [16][v.row], K scales [16][k.scales], V scales [16][v.scales]
 //
 // Codes of a token lie together (on the CPU those of a group of slots do), so that tokens are stored
-// side by side without sharing bytes: code d of 8, 4 or 2 bits at bit d * bits of the row, of 3 bits
-// as a plane of the low two bits and then one of the third.
+// side by side without sharing bytes: code d of 8 or 2 bits at bit d * bits of the row, of 3 bits as a
+// plane of the low two bits and then one of the third. 4-bit codes are sign and magnitude, 8 in a word:
+// nibble i has the place of magnitude i among the positive levels; the highest bits of nibbles 1, 3, 5
+// and 7 have the signs (1: negative) of codes 0 to 3, those of nibbles 0, 2, 4 and 6 of codes 4 to 7.
 #pragma once
 
 #include "packed_codec.h"

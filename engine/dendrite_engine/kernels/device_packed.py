@@ -8,9 +8,10 @@ so that a kernel fetches what it needs of 16 slots of one head in one piece. A c
   written in parallel without sharing a byte (on the CPU it is 16 slots that lie together);
 * K scales `[16][items * width]`, then V scales, where a format has them.
 
-Codes of 32, 16 and 8 bits are little-endian; of 4 and 2 bits the first lies in the low bits of a
-byte; 3 bits are a plane of the low two bits (D / 4 bytes), then one of the third (D / 8 bytes).
-Codes and scales themselves are those of the CPU's pages, and a page takes as many bytes.
+Codes of 32, 16 and 8 bits are little-endian; of 2 bits the first lies in the low bits of a byte;
+3 bits are a plane of the low two bits (D / 4 bytes), then one of the third (D / 8 bytes). Those of
+4 bits are sign and magnitude, 8 in 4 bytes, with signs where kernels need them: `pack_signed`. Codes
+and scales themselves are those of the CPU's pages, and a page takes as many bytes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from dendrite_engine.kernels.packed import CodedPages, VectorCodec, pack, unpack
 from dendrite_engine.registry import Registry
 
 CELL = 16  # slots of a cell
+
+# Of 8 codes of 4 bits: whose sign is in the highest bit of each nibble, and in which nibble the sign
+# of each code is.
+_SIGN_IN = (4, 0, 5, 1, 6, 2, 7, 3)
+_SIGN_AT = (1, 3, 5, 7, 0, 2, 4, 6)
 
 # Formats by their number, as operations take them.
 CODECS: Registry[Callable[[], VectorCodec]] = Registry(
@@ -156,14 +162,34 @@ class DevicePages(CodedPages):
         return slots // self.page_size, inside // CELL, inside % CELL
 
     def _packed(self, codes: torch.Tensor) -> torch.Tensor:
-        return pack(codes, self.codec.bits)
+        return pack_signed(codes) if self.codec.bits == 4 else pack(codes, self.codec.bits)
 
     def _decoded(
         self, codes: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         items, width = self.codec.scale_items(self.head_dim), self.codec.scale_width
         strip = scales.reshape(*scales.shape[:-1], items, width)
-        return unpack(codes, self.codec.bits), strip
+        bits = self.codec.bits
+        return unpack_signed(codes) if bits == 4 else unpack(codes, bits), strip
+
+
+def pack_signed(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of 4 bits, i32 [..., n], as bytes u8 [..., n / 2]; n is a multiple of 8.
+
+    Of 8 codes nibble i has the place of magnitude i among the positive levels, and the highest bit
+    of each nibble the sign, 1 for a negative one, of the code that `_SIGN_IN` tells: the highest
+    bits of the four bytes are signs 0 to 3, those 4 bits further down signs 4 to 7.
+    """
+    size = torch.where(codes < 8, 7 - codes, codes - 8).unflatten(-1, (-1, 8))
+    negative = (codes < 8).to(codes.dtype).unflatten(-1, (-1, 8))[..., list(_SIGN_IN)]
+    return pack((size | negative << 3).flatten(-2), 4)
+
+
+def unpack_signed(groups: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_signed`: i32 [..., n]."""
+    nibbles = unpack(groups, 4).unflatten(-1, (-1, 8))
+    size, negative = nibbles & 7, (nibbles >> 3)[..., list(_SIGN_AT)]
+    return torch.where(negative == 1, 7 - size, size + 8).flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)
