@@ -10,8 +10,8 @@ so that a kernel fetches what it needs of 16 slots of one head in one piece. A c
 
 Codes of 32, 16 and 8 bits are little-endian; of 2 bits the first lies in the low bits of a byte;
 3 bits are a plane of the low two bits (D / 4 bytes), then one of the third (D / 8 bytes). Those of
-4 bits are sign and magnitude, 8 in 4 bytes, with signs where kernels need them: `pack_signed`. Codes
-and scales themselves are those of the CPU's pages, and a page takes as many bytes.
+4 bits are sign and magnitude, 8 in 4 bytes, with signs where kernels need them: `pack_signed`.
+Codes and scales themselves are those of the CPU's pages, and a page takes as many bytes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dendrite_engine.registry import Registry
 
 CELL = 16  # slots of a cell
 
-# Of 8 codes of 4 bits: whose sign is in the highest bit of each nibble, and in which nibble the sign
-# of each code is.
+# Of 8 codes of 4 bits: whose sign each nibble has in its highest bit, and which nibble has the sign
+# of each code.
 _SIGN_IN = (4, 0, 5, 1, 6, 2, 7, 3)
 _SIGN_AT = (1, 3, 5, 7, 0, 2, 4, 6)
 
