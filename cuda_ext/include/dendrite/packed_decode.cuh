@@ -222,12 +222,14 @@ DENDRITE_DEVICE Packed<T, 8> decode8(const char* row, const char* scales, int ch
       .template numbers<T>(0, block_exponent<kCodec>(scales, chunk));
 }
 
-template <int kBits, int kFirst = 0>
+// The positive level at a place.
+template <int kBits, int kFirst = 0, int kCount = 1 << (kBits - 1)>
 DENDRITE_DEVICE float magnitude(uint32_t place) {
-  if constexpr (kFirst + 1 == 1 << (kBits - 1))
+  if constexpr (kCount == 1)
     return kLevelAt<kBits, kFirst>;
   else
-    return place == kFirst ? kLevelAt<kBits, kFirst> : magnitude<kBits, kFirst + 1>(place);
+    return (place & (kCount / 2)) != 0 ? magnitude<kBits, kFirst + kCount / 2, kCount / 2>(place)
+                                       : magnitude<kBits, kFirst, kCount / 2>(place);
 }
 
 // The same as floats, exactly.

@@ -99,15 +99,33 @@ DENDRITE_DEVICE uint32_t e5m2_of(float x) {
   return sign | (size - (112u << 23) + 0xfffff + (size >> 21 & 1)) >> 21;
 }
 
-// How many limits are at most y.
-template <int kBits, int kFirst = 0>
-DENDRITE_DEVICE int code_of(float y) {
-  if constexpr (kFirst == (1 << (kBits - 1)) - 1) {
-    return y >= 0.0f;
+template <int kBits, int kPlace>
+constexpr uint32_t kLimitBits = std::bit_cast<uint32_t>(kLimitAt<kBits, kPlace>);
+
+// How many of the limits above 0 are at most the positive float that has these bits.
+template <int kBits>
+DENDRITE_DEVICE int limits_up_to(uint32_t x) {
+  if constexpr (kBits == 2) {
+    return x >= kLimitBits<2, 0>;
+  } else if constexpr (kBits == 3) {
+    const bool high = x >= kLimitBits<3, 1>;
+    return 2 * high + (x >= (high ? kLimitBits<3, 2> : kLimitBits<3, 0>));
   } else {
-    constexpr float kLimit = kLimitAt<kBits, kFirst>;
-    return int(y >= kLimit) + int(y >= -kLimit) + code_of<kBits, kFirst + 1>(y);
+    const bool high = x >= kLimitBits<4, 3>;
+    const bool middle = x >= (high ? kLimitBits<4, 5> : kLimitBits<4, 1>);
+    const uint32_t limit = middle ? (high ? kLimitBits<4, 6> : kLimitBits<4, 2>)
+                                  : (high ? kLimitBits<4, 4> : kLimitBits<4, 0>);
+    return 4 * high + 2 * middle + (x >= limit);
   }
+}
+
+// How many of all limits, which are symmetric and of which 0 is one, are at most y.
+template <int kBits>
+DENDRITE_DEVICE int code_of(float y) {
+  constexpr int kHalf = 1 << (kBits - 1);
+  const bool negative = y < 0.0f;  // then a limit has to be passed, and not only reached
+  const int place = limits_up_to<kBits>(float_bits(fabsf(y)) - negative);
+  return negative ? kHalf - 1 - place : kHalf + place;
 }
 
 template <int kBits>

@@ -14,7 +14,7 @@ class BulkCells {
 #else
   static constexpr bool kHere = false;
 #endif
-  static constexpr int blocks(int dim, int tiles) { return tiles == 1 ? 4 : dim == 64 ? 3 : 2; }
+  static constexpr int blocks(int dim, int tiles) { return 2 + (dim == 64) + (tiles == 1); }
   static DENDRITE_DEVICE void stop() { __trap(); }  // better no result than a wrong one
 
   DENDRITE_DEVICE BulkCells(char* ring, int cell_bytes, int pairs)
