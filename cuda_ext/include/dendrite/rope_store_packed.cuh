@@ -47,7 +47,7 @@ DENDRITE_DEVICE RopePart table_part(const float* table, int head, int dim, int a
 // Groups of lanes as in rope_store_kv_kernel. Every lane of a warp runs to the end, since groups of
 // queries and of keys meet in shuffles.
 template <class T>
-DENDRITE_KERNEL __launch_bounds__(kRopeThreads)
+DENDRITE_KERNEL __launch_bounds__(kRopeThreads, 2)
 rope_store_packed_kernel(RopePackedParams params, int lanes) {
   const RopeParams& p = params.rope;
   const int half = p.dim / 2, per_token = p.heads + p.kv_heads;
