@@ -231,7 +231,7 @@ def test_a_pool_that_is_too_small_ends_the_search_not_the_engine(name):
         engine = FakeEngine(9, eos=-1e9, num_pages=pages)
         root = engine.prompt([1, 2, 3])
         search = make(name, **({"max_tokens": 200} if name in BY_TOKENS else {}))
-        result = run(engine, root, search, Budget(iterations=3000))
+        result = run(engine, root, search, Budget(iterations=500))
         assert result.reason in ("pages", "iterations", "exhausted", "finished"), pages
         engine.check_integrity()
         result.prune()
