@@ -12,8 +12,11 @@ from graph_fakes import RecordedGraphs
 from dendrite_engine import SamplingParams
 from dendrite_engine.attention import DEVICE_ATTENTION_BACKENDS, AttentionSetup
 from dendrite_engine.attention.device_tree import DeviceTreeAttention
+from dendrite_engine.cache.formats import PageShape
+from dendrite_engine.cache.formats.choice import layer_format
+from dendrite_engine.cache.formats.device_packed import DevicePackedFormat
 from dendrite_engine.device.metadata import Metadata
-from dendrite_engine.kernels.device_ops import DeviceKernels
+from dendrite_engine.kernels.device_ops import DeviceKernels, load_emulated
 from dendrite_lab.bench.gpu_trees import parse_tree, plan_tree
 
 SETUP = AttentionSetup(
@@ -123,6 +126,42 @@ def test_both_variants_attend_alike(monkeypatch):
         wide, narrow = (attended(tree, variant, monkeypatch) for variant in (0, 1))
         assert wide.abs().max() > 0.05
         torch.testing.assert_close(wide, narrow, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "mxfp8", "k8v4", "tq4"])
+@pytest.mark.parametrize("heads", [8, 32, 128])  # tiles of 8 and of 16 queries
+def test_the_kernels_of_packed_pages_attend_alike(name, heads, monkeypatch):
+    loaded = load_emulated()
+    if not loaded.loaded:
+        pytest.skip(loaded.reason)
+    planned = plan_tree(parse_tree("1,2,9; 100,300,70"))
+    page_format = DevicePackedFormat(name, [layer_format(name)], SETUP.device)
+    shape = PageShape(1, planned.num_pages, 8, 64, 16)
+    sides = page_format.allocate(shape).layers[0]
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.arange(planned.num_pages * 16)
+    for side in sides:
+        vectors = torch.randn(len(slots), 8, 64, generator=generator)
+        side.write_slots(slots, *side.encode(vectors))
+    rows = len(planned.plan.positions)
+    q = torch.randn(rows, heads, 64, generator=generator).bfloat16()
+    outs = []
+    for variant in (0, 1, 2):
+        monkeypatch.setattr(DeviceTreeAttention, "_choose", lambda *_, v=variant: v)
+        setup = dataclasses.replace(
+            SETUP, ops=DeviceKernels("emulated", "test"), head_dim=64, num_heads=heads,
+            cell_bytes=page_format.cell_bytes(shape), is_twin=False,
+        )  # fmt: skip
+        backend = DEVICE_ATTENTION_BACKENDS.get("tree")(setup)
+        metadata = Metadata(SETUP.max_rows, 1 << 20, SETUP.device)
+        batch = metadata.fill(planned.plan, rows)
+        metadata.send(batch, backend.prepare(planned.plan, batch))
+        outs.append(torch.full_like(q, float("nan")))
+        backend.attend(q, *sides, batch, outs[-1], scale=0.125, window=0)
+    assert outs[0].abs().max() > 0.05
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], atol=1e-2, rtol=2e-2)
+    assert not torch.equal(outs[2], outs[0]), "another kernel, other sums"
 
 
 def test_a_size_is_captured_once_for_each_variant(make_engine, monkeypatch):

@@ -7,6 +7,8 @@ import torch
 from device_engines import ON_A_GPU, engine_maker, need_packed_kernels
 
 from dendrite_engine import Engine, SamplingParams
+from dendrite_engine.attention import device_tree
+from dendrite_engine.attention.device_tree import DeviceTreeAttention
 from dendrite_engine.cache.formats.choice import format_names
 from dendrite_engine.cache.key_mean import save_key_mean
 from dendrite_engine.errors import IntegrityError, InvalidArgument, ModelError, UnknownName
@@ -139,6 +141,27 @@ def test_tokens_are_those_of_the_cpu_path(packed, make_engine, name):
     for ours, theirs in zip(*results, strict=True):
         assert ours.token_ids == theirs.token_ids
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=NEAR.get(name, 4e-3))
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "k8v4", "tq4"])
+def test_an_engine_runs_on_the_kernel_for_few_readers(packed, monkeypatch, name):
+    """Chosen as the engine chooses it, but for the least work that is worth its while. What it
+    computes is compared in test_attention_variants.py: this model in bf16 amplifies any rounding.
+    """
+    choose, variants = DeviceTreeAttention._choose, []
+
+    def noted(self, plan, rows):
+        variants.append(choose(self, plan, rows))
+        return variants[-1]
+
+    monkeypatch.setattr(DeviceTreeAttention, "_choose", noted)
+    monkeypatch.setattr(device_tree, "_LEAST_FEW_READS", 0)
+    engine = packed(kv_format=name, dtype="bfloat16")
+    branches = [engine.prompt(ids(length)) for length in (70, 33, 16)]
+    results = engine.complete(branches, GREEDY)
+    assert variants.count(2) >= 4
+    assert {result.finish_reason for result in results} == {"length"}
+    assert all(-50 < logprob <= 0 for result in results for logprob in result.logprobs)
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "k8v4", "tq3"])

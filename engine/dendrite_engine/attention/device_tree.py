@@ -106,18 +106,22 @@ class DeviceTreeAttention(DeviceAttention):
         A row's bits are the same with either of these: its operations are those of the entries it
         reads. Not so with the kernel for few queries, see `_few_tile`.
         """
+        narrows = self._max_reads > 0 and self._tile(rows) != 64
+        if not self._few and not narrows:
+            return 0
         nodes = plan.node_row_begin, plan.node_row_end, plan.node_page_indptr
+        narrow = self._reads(*nodes, 64 // self._group)
         if self._few:
-            few, narrow = (self._reads(*nodes, tile // self._group) for tile in (self._few, 64))
+            few = self._reads(*nodes, self._few // self._group)
             enough = few * self._setup.num_kv_heads >= _LEAST_FEW_READS
             if enough and few <= _MAX_FEW_READS * narrow:
                 return _FEW
-        if not self._max_reads or self._tile(rows) == 64:
+        if not narrows:
             return 0
-        wide, narrow = (self._reads(*nodes, tile // self._group) for tile in (128, 64))
-        few = self._setup.num_kv_heads * wide <= self._few_reads
-        few = few and rows <= self._setup.graph_rows
-        return _NARROW if few or narrow < self._max_reads * wide else 0
+        wide = self._reads(*nodes, 128 // self._group)
+        little = self._setup.num_kv_heads * wide <= self._few_reads
+        little = little and rows <= self._setup.graph_rows
+        return _NARROW if little or narrow < self._max_reads * wide else 0
 
     def _reserve(self, results: int) -> None:
         """Scratch for partial results of so many queries of each kv head."""
