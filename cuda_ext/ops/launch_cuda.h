@@ -35,43 +35,35 @@ inline int current_device() {
   return device;
 }
 
-// Multiprocessors of the current device.
-inline int num_multiprocessors() {
+// An attribute of the current device, asked for once.
+template <cudaDeviceAttr kAttribute>
+int device_attribute(const char* what) {
   static std::mutex lock;
   static std::map<int, int> known;
   const int device = current_device();
   const std::lock_guard<std::mutex> guard(lock);
-  int& count = known[device];
-  if (count == 0)
-    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-               "number of multiprocessors");
-  return count;
+  const auto [place, fresh] = known.try_emplace(device, 0);
+  if (fresh) {
+    const cudaError_t status = cudaDeviceGetAttribute(&place->second, kAttribute, device);
+    if (status != cudaSuccess) known.erase(place);
+    check_cuda(status, what);
+  }
+  return place->second;
+}
+
+// Multiprocessors of the current device.
+inline int num_multiprocessors() {
+  return device_attribute<cudaDevAttrMultiProcessorCount>("number of multiprocessors");
 }
 
 // Dynamic shared memory that a block on the current device can have.
 inline int most_shared_bytes() {
-  static std::mutex lock;
-  static std::map<int, int> known;
-  const int device = current_device();
-  const std::lock_guard<std::mutex> guard(lock);
-  int& bytes = known[device];
-  if (bytes == 0)
-    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-               "shared memory of a block");
-  return bytes;
+  return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>("shared memory of a block");
 }
 
 // Whether the current device is of the generation that has warpgroup products (wgmma, sm_90a).
 inline bool has_warpgroup_products() {
-  static std::mutex lock;
-  static std::map<int, int> known;
-  const int device = current_device();
-  const std::lock_guard<std::mutex> guard(lock);
-  int& major = known[device];
-  if (major == 0)
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-               "compute capability");
-  return major == 9;
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>("compute capability") == 9;
 }
 
 // Lets a kernel use `bytes` of dynamic shared memory; more than 48 KB has to be asked for, once per

@@ -19,23 +19,6 @@ int divide_up(int value, int by) { return (value + by - 1) / by; }
 constexpr int depth_of(int tiles, int groups) { return tiles == 2 ? 4 : groups == 2 ? 6 : 8; }
 constexpr int kShallow = 3;  // where a block can't have as much: up to 84 KB
 
-// Bytes of shared memory that a block of the current device can have.
-int max_shared_bytes() {
-#ifdef DENDRITE_EMULATE
-  return 227 * 1024;
-#else
-  static std::mutex lock;
-  static std::map<int, int> known;
-  const int device = current_device();
-  const std::lock_guard<std::mutex> guard(lock);
-  int& bytes = known[device];
-  if (bytes == 0)
-    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-               "shared memory of a block");
-  return bytes;
-#endif
-}
-
 // Spreads the columns evenly: one block of equal size for each of `places`, in as few rounds as
 // tiles of max_tile columns allow. A tile may be short of rows: they cost MMAs, no memory traffic.
 void spread(SkinnyPlan& plan, int columns, int places, int max_tile) {
@@ -55,7 +38,7 @@ void launch(const SkinnyParams& p, cudaStream_t stream) {
 template <class T, class Out, int kTiles, int kGroups, bool kGated>
 void launch(const SkinnyParams& p, cudaStream_t stream) {
   constexpr int kDepth = depth_of(kTiles, kGroups);
-  if (skinny_shared_bytes(kTiles, kGroups, kDepth, p.rows) > max_shared_bytes())
+  if (skinny_shared_bytes(kTiles, kGroups, kDepth, p.rows) > most_shared_bytes())
     return launch<T, Out, kTiles, kGroups, kShallow, kGated>(p, stream);
   launch<T, Out, kTiles, kGroups, kDepth, kGated>(p, stream);
 }

@@ -40,6 +40,9 @@ constexpr float kLimitAt = kBits == 4   ? kLimits4[kPlace]
                            : kBits == 3 ? kLimits3[kPlace % 3]
                                         : kLimits2[0];
 
+DENDRITE_EVERYWHERE constexpr bool is_plain_fp8(int codec) {
+  return codec == kE4m3 || codec == kE5m2;
+}
 DENDRITE_EVERYWHERE constexpr bool is_rotated(int codec) { return codec >= kTq4; }
 
 }  // namespace dendrite

@@ -245,16 +245,7 @@ tree_attention_packed_tma_kernel(const __grid_constant__ TreeAttentionPackedPara
     if (segment.count > 0) AttentionConverter<T, kDim, kGroups>(p, shared).run(segment);
   } else {
     take_registers<kMost>();
-    AttentionConsumer<T, kDim, kGroups, Shared> consumer(p, shared);
-    consumer.begin(segment);
-    grid_dependency_wait();
-    if (segment.count == 0) return;
-    for (int index = blockIdx.x;;) {
-      index = consumer.run(index, segment);
-      if (index < 0) break;
-      segment = whole_segment(p, index);
-      consumer.begin(segment);
-    }
+    AttentionConsumer<T, kDim, kGroups, Shared>(p, shared).run_all(segment);
   }
 #else
   __trap();  // built without sm_90a: better no result than a wrong one

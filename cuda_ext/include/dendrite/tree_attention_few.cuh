@@ -23,9 +23,10 @@
 
 namespace dendrite {
 
-// 8-bit numbers are multiplied as fp16, into which they go with the least work; all others as T.
+// 8-bit numbers are multiplied as fp16, into which they go with the least work; all others as T. What
+// weights are multiplied with has to fit then: E4M3 values up to 7,168 do, larger ones make the row NaN.
 template <class T, int kCodec>
-using FewOperand = std::conditional_t<kCodec == kE4m3 || kCodec == kE5m2, half_t, T>;
+using FewOperand = std::conditional_t<is_plain_fp8(kCodec), half_t, T>;
 // Whether E4M3 is converted as it is; its numbers are over 2^kHalfShift otherwise.
 template <int kCodec>
 constexpr bool kWholeNumbers = kCodec == kE4m3 && kConvertsE4m3;
@@ -49,7 +50,7 @@ class FewQueriesWarp {
     if (segment.count == 0) return -1;
     count_ = segment.count;
     entries_ = segment.entries;
-    rows_.start(segment, is_fp8(p_.layer.k.codec));
+    rows_.start(segment, is_plain_fp8(p_.layer.k.codec));
     slots_ = slots_from(lane());
     next_slots_ = slots_from(32 + lane());
     for (int i = 0; i < p_.cell_tiles; ++i) load(2 * i, next_place(i));
@@ -75,7 +76,6 @@ class FewQueriesWarp {
   static DENDRITE_DEVICE int g() { return lane() / 4; }
   static DENDRITE_DEVICE int t() { return lane() % 4; }
   static DENDRITE_DEVICE int head() { return blockIdx.y; }
-  static DENDRITE_DEVICE bool is_fp8(int codec) { return codec == kE4m3 || codec == kE5m2; }
   DENDRITE_DEVICE int slots_from(int index) const {
     return index < count_ ? p_.work[entries_ + 4 * index] : 0;
   }

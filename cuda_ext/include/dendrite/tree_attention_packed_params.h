@@ -8,7 +8,8 @@ namespace dendrite {
 
 struct TreeAttentionPackedParams : TreeAttentionParams {
   PackedLayer layer;
-  // For the kernel that has bulk copies: bytes of a cell, and tiles of cells that a block holds.
+  // For kernels that keep cells in shared memory: bytes of a cell, and how many tiles of them a block
+  // holds (tree_attention_converter.cuh), or pairs of them a warp (tree_attention_few.cuh).
   int32_t cell_bytes, cell_tiles;
 };
 

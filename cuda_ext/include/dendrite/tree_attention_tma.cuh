@@ -26,6 +26,20 @@ class AttentionConsumer {
   DENDRITE_DEVICE AttentionConsumer(const TreeAttentionParams& p, const Shared& shared)
       : p_(p), shared_(shared), warp_(shfl(threadIdx.x / 32, 0)), end_(0) {}
 
+  // Takes the segments of the block's worker, of which this is the first.
+  DENDRITE_DEVICE void run_all(WorkSegment segment) {
+    begin(segment);
+    grid_dependency_wait();
+    if (segment.count == 0) return;
+    for (int index = blockIdx.x;;) {
+      index = run(index, segment);
+      if (index < 0) break;
+      segment = whole_segment(p_, index);
+      begin(segment);
+    }
+  }
+
+ private:
   // What a segment needs of the work list and the positions alone.
   DENDRITE_DEVICE void begin(const WorkSegment& segment) {
     end_ += (segment.count + kTile - 1) / kTile;
@@ -41,7 +55,6 @@ class AttentionConsumer {
     return done.next;
   }
 
- private:
   struct Entries {
     SharedAddress base;
     DENDRITE_DEVICE WorkEntry operator[](int j) const {
@@ -269,16 +282,7 @@ tree_attention_tma_kernel(const __grid_constant__ TreeAttentionParams p,
     constexpr int kMost = kGroups == 1 ? 200 : 224;
     static_assert(kRegistersSuffice<kGroups, 56, kMost>);
     take_registers<kMost>();
-    AttentionConsumer<T, kDim, kGroups> consumer(p, shared);
-    consumer.begin(segment);
-    grid_dependency_wait();
-    if (segment.count == 0) return;
-    for (int index = blockIdx.x;;) {
-      index = consumer.run(index, segment);
-      if (index < 0) break;
-      segment = whole_segment(p, index);
-      consumer.begin(segment);
-    }
+    AttentionConsumer<T, kDim, kGroups>(p, shared).run_all(segment);
   }
 #else
   __trap();  // built without sm_90a: better no result than a wrong one
